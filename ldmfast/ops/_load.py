@@ -51,7 +51,8 @@ def check_isa() -> None:
     if not wanted:
         return
     if wanted not in LEVELS:
-        raise LdmfastError(f"LDMFAST_CPU_ISA={wanted!r} is not a level; choose one of {', '.join(LEVELS)} or unset it")
+        raise LdmfastError(f"LDMFAST_CPU_ISA={wanted!r} is not a level; choose one of "
+                           f"{', '.join(LEVELS)} or unset it")
     host = host_module()
     if host is None:
         raise LdmfastError(f"LDMFAST_CPU_ISA={wanted} needs the compiled kernels, which are not there; "

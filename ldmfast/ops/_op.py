@@ -1,13 +1,11 @@
 """The row of the op catalogue: what one op is, and how it reaches torch's dispatcher.
 
 A row names no backends. They exist because a file exists: ``csrc/cpu/<op>.cpp``, ``csrc/cuda/<op>.cu``,
-``kernels/<op>.py``. The reference is registered for every device and is what runs where nothing better is loaded.
+``kernels/<op>.py``. The reference is registered for every device and runs where nothing better is loaded.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -65,8 +63,8 @@ def place(x: Tensor, layout: str) -> Tensor:
 class Case:
     """One call of an op. ``make`` returns the schema's arguments; tags say what the case is there for.
 
-    Tags: "network" (a shape of a real model: benchmarks run these), "ragged", "empty", "channels_last", "view",
-    and "big" (benchmarks only: the float64 reference would take too long in the tests).
+    Tags: "network" (a shape of a real model: benchmarks run these), "ragged", "empty", "channels_last",
+    "view", and "big" (benchmarks only: the float64 reference would take too long in the tests).
     """
 
     name: str
@@ -125,7 +123,7 @@ def register(row: Op) -> Any:
 
 
 def register_triton() -> None:
-    """Puts the Triton launchers under CUDA where no CUDA C++ kernel was loaded. Imports Triton on the first call."""
+    """Puts the Triton launchers under CUDA where no CUDA C++ kernel was loaded; imports Triton late."""
     if torch.version.cuda is None or not _load.triton_installed():
         return
     for row in ROWS.values():

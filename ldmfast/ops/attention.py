@@ -15,7 +15,7 @@ _QUERY_CHUNK = 512  # the reference is also the fallback: bounds its score matri
 
 
 def visible(queries: int, keys: int, block_size: int, device: torch.device, first: int = 0) -> Tensor:
-    """(queries, keys) bool: key j is seen by query i if its block is not later, counted from the end of both."""
+    """(queries, keys) bool: query i, numbered from ``first``, sees key j if j's block is not later than its own."""
     i = torch.arange(first, first + queries, device=device)
     j = torch.arange(keys, device=device)
     return j[None] // block_size <= torch.div(i[:, None], block_size, rounding_mode="floor")
@@ -52,16 +52,18 @@ def fake(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, cau
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
-def cost(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool, block_size: int) -> Cost:
-    pairs = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] * (0.5 if causal and q.shape[1] == k.shape[1] else 1.0)
+def cost(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool,
+         block_size: int) -> Cost:
+    seen = 0.5 if causal and q.shape[1] == k.shape[1] else 1.0
+    pairs = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1] * seen
     out = q.numel() // max(q.shape[3], 1) * v.shape[3] * q.element_size()
     return Cost(flops=2.0 * pairs * (q.shape[3] + v.shape[3]), bytes=nbytes(q, k, v, bias) + out)
 
 
 def cases() -> Iterator[Case]:
     def make(b: int, tq: int, tk: int, h: int, d: int, *, kv_heads: int | None = None, causal: bool = False,
-             block: int = 1, bias: tuple[int, ...] | None = None, layout: str = "contiguous", packed: bool = False,
-             masked: bool = False, spread: float = 1.0):
+             block: int = 1, bias: tuple[int, ...] | None = None, layout: str = "contiguous",
+             packed: bool = False, masked: bool = False, spread: float = 1.0):
         def draw(r: Draw) -> tuple:
             if packed:
                 q, k, v = r.normal(b, tq, 3, h, d).unbind(2)
@@ -120,7 +122,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if kh == 0 or h % kh:
         raise ShapeError(f"attention: {kh} key heads do not divide {h} query heads; repeat or drop heads")
     if q.dtype != k.dtype or q.dtype != v.dtype:
-        raise LdmfastError(f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; give all three one dtype")
+        raise LdmfastError(f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; give them one dtype")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False,
@@ -129,20 +131,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ca
 
     q: (batch, tokens, heads, head_dim); k, v: (batch, keys, kv_heads, head_dim), kv_heads divides heads. Any
     strides whose last is 1 are read in place (slices of a packed QKV). scale: head_dim ** -0.5 if not given.
-    causal: query i sees key j if j // block_size <= i // block_size; with unequal lengths queries are the last ones.
+    causal: query i sees key j if j // block_size <= i // block_size; with unequal lengths the queries are the
+    last ones, numbered from keys - tokens.
     bias: floating, broadcastable to (batch, heads, tokens, keys), added after scaling; -inf hides a key.
     A query that sees no key gives zeros. Output: (batch, tokens, heads, head_dim), contiguous, q's dtype.
     Raises ShapeError for sizes that do not fit, LdmfastError for mixed dtypes or block_size < 1.
     """
     _check(q, k, v)
     if block_size < 1:
-        raise LdmfastError(f"attention: block_size is {block_size}, needs at least 1 (1 is the ordinary causal mask)")
+        raise LdmfastError(f"attention: block_size is {block_size}, needs at least 1 (1: ordinary causal mask)")
     if bias is not None:
         want = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         fits = bias.ndim <= 4 and all(a in (1, w) for a, w in zip(reversed(bias.shape), reversed(want)))
         if not fits or not bias.is_floating_point():
-            raise ShapeError(f"attention: bias is {bias.dtype} {shape_of(bias)}, needs a floating tensor that "
-                             f"broadcasts to (batch, heads, tokens, keys) = {want}")
+            raise ShapeError(f"attention: bias is {bias.dtype} {shape_of(bias)}, needs a floating tensor "
+                             f"that broadcasts to (batch, heads, tokens, keys) = {want}")
         while bias.ndim < 4:
             bias = bias.unsqueeze(0)
     return _call(q, k, v, bias, q.shape[3] ** -0.5 if scale is None else scale, causal, block_size)

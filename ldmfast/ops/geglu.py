@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from ._op import Case, Cost, Draw, Op, accumulator, case, nbytes, register, shape_of
+from ._op import Case, Cost, Op, accumulator, case, nbytes, register, shape_of
 
 
 def reference(x: Tensor) -> Tensor:
@@ -50,8 +50,10 @@ _call = register(Op("geglu", "(Tensor x) -> Tensor", reference, fake, cases, cos
 def geglu(x: Tensor) -> Tensor:
     """GEGLU (Shazeer 2020, equation 6 without the matrices): x[..., :D] * gelu(x[..., D:]), gelu with erf.
 
-    x: (..., 2 D), floating. Output: (..., D), contiguous, x's dtype. Raises ShapeError for an odd last dimension.
+    x: (..., 2 D), floating. Output: (..., D), contiguous, x's dtype.
+    Raises ShapeError for an odd last dimension.
     """
     if x.ndim < 1 or x.shape[-1] % 2:
-        raise ShapeError(f"geglu: x has shape {shape_of(x)}, needs an even last dimension (value and gate halves)")
+        raise ShapeError(f"geglu: x has shape {shape_of(x)}, needs an even last dimension "
+                         "(value and gate halves)")
     return _call(x)

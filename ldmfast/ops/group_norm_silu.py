@@ -54,11 +54,13 @@ def cases() -> Iterator[Case]:
 
     cl = "channels_last"
     yield case("sd15_64x64", "network channels_last big", make((2, 320, 64, 64), 32, layout=cl))
-    yield case("sd15_64x64_shift", "network channels_last big", make((2, 320, 64, 64), 32, layout=cl, shift=True))
+    yield case("sd15_64x64_shift", "network channels_last big",
+               make((2, 320, 64, 64), 32, layout=cl, shift=True))
     yield case("sd15_16x16", "network channels_last", make((2, 1280, 16, 16), 32, layout=cl, shift=True))
     yield case("sd15_32x32_nchw", "network", make((2, 640, 32, 32), 32))
     yield case("vae_128x128", "network channels_last big", make((1, 512, 128, 128), 32, layout=cl, eps=1e-6))
-    yield case("attention_norm", "network channels_last", make((2, 320, 16, 16), 32, layout=cl, silu=False, eps=1e-6))
+    yield case("attention_norm", "network channels_last",
+               make((2, 320, 16, 16), 32, layout=cl, silu=False, eps=1e-6))
     yield case("tokens", "network", make((2, 64, 77), 8))
     yield case("plain", "", make((3, 12, 5, 7), 3, affine=False))
     yield case("one_group", "channels_last", make((2, 24, 6, 6), 1, layout=cl, shift=True))
@@ -74,8 +76,8 @@ def cases() -> Iterator[Case]:
     yield case("no_pixels", "empty", make((2, 32, 0, 8), 8, layout=cl))
 
 
-_call = register(Op("group_norm_silu", "(Tensor x, Tensor? shift, int num_groups, Tensor? weight, Tensor? bias, "
-                    "float eps, bool silu) -> Tensor", reference, fake, cases, cost))
+_call = register(Op("group_norm_silu", "(Tensor x, Tensor? shift, int num_groups, Tensor? weight, "
+                    "Tensor? bias, float eps, bool silu) -> Tensor", reference, fake, cases, cost))
 
 
 def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from ..errors import ShapeError
 from ._op import Case, Cost, Draw, Op, accumulator, case, nbytes, numel, register, shape_of
 
 
-def reference(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-              eps: float) -> Tensor:
+def reference(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None,
+              bias: Tensor | None, eps: float) -> Tensor:
     dtype = accumulator(x)
     y = x.to(dtype)
     mean = y.mean(-1, keepdim=True)
@@ -42,13 +41,14 @@ def cost(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor |
 
 
 def cases() -> Iterator[Case]:
-    def make(shape: tuple[int, ...], *, modulated: bool = False, affine: bool = False, layout: str = "contiguous",
-             batches: int | None = None, offset: float = 0.2):
+    def make(shape: tuple[int, ...], *, modulated: bool = False, affine: bool = False,
+             layout: str = "contiguous", batches: int | None = None, offset: float = 0.2):
         def draw(d: Draw) -> tuple:
             c = shape[-1]
             rows = numel(shape[:-2]) if batches is None else batches
             return (d.normal(*shape, layout=layout, offset=offset),
-                    d.normal(rows, c, scale=0.3) if modulated else None, d.normal(rows, c) if modulated else None,
+                    d.normal(rows, c, scale=0.3) if modulated else None,
+                    d.normal(rows, c) if modulated else None,
                     d.normal(c, offset=1.0, scale=0.2) if affine else None,
                     d.normal(c, scale=0.2) if affine else None, 1e-5)
         return draw
@@ -70,8 +70,8 @@ def cases() -> Iterator[Case]:
     yield case("no_tokens", "empty", make((2, 0, 32), modulated=True))
 
 
-_call = register(Op("layer_norm_modulate", "(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, "
-                    "float eps) -> Tensor", reference, fake, cases, cost))
+_call = register(Op("layer_norm_modulate", "(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, "
+                    "Tensor? bias, float eps) -> Tensor", reference, fake, cases, cost))
 
 
 def _condition(name: str, p: Tensor | None, x: Tensor) -> Tensor | None:
@@ -88,11 +88,12 @@ def _condition(name: str, p: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def layer_norm_modulate(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
-                        weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+                        weight: Tensor | None = None, bias: Tensor | None = None,
+                        eps: float = 1e-5) -> Tensor:
     """LayerNorm (Ba et al. 2016) with optional weight and bias, then y * (1 + scale) + shift (adaLN of DiT,
     Peebles and Xie 2023, section 3.2).
 
-    x: (..., T, C), floating. scale, shift: (N, C), (N, 1, C) or (C,), one row for all tokens of a batch element.
+    x: (..., T, C), floating. scale, shift: (N, C), (N, 1, C) or (C,), one row for all tokens of an element.
     weight, bias: (C,). Output: contiguous, x's shape and dtype. Statistics in fp32 (fp64 for fp64).
     Raises ShapeError when sizes do not fit.
     """

@@ -32,11 +32,12 @@ def cost(table: Tensor, row: Tensor | None, inputs: Sequence[Tensor]) -> Cost:
 
 
 def cases() -> Iterator[Case]:
-    def make(shape: tuple[int, ...], n: int, *, rows: int = 3, row: int | None = 1, layout: str = "contiguous",
-             zero: tuple[int, ...] = (), mixed: bool = False):
+    def make(shape: tuple[int, ...], n: int, *, rows: int = 3, row: int | None = 1,
+             layout: str = "contiguous", zero: tuple[int, ...] = (), mixed: bool = False):
         def draw(d: Draw) -> tuple:
             table = d.normal(rows, n, dtype=torch.float64)
-            inputs = [d.normal(*shape, layout=layout, dtype=torch.float32 if mixed and i else None) for i in range(n)]
+            dtypes = [torch.float32 if mixed and i else None for i in range(n)]
+            inputs = [d.normal(*shape, layout=layout, dtype=dtype) for dtype in dtypes]
             for i in zero:
                 table[:, i] = 0
                 inputs[i].fill_(float("inf"))
@@ -66,15 +67,15 @@ _call = register(Op("lincomb", "(Tensor table, Tensor? row, Tensor[] inputs) -> 
 def lincomb(table: Tensor, row: Tensor | int, inputs: Sequence[Tensor]) -> Tensor:
     """sum_j table[row, j] * inputs[j], the solver step of every coefficient table (docs/decisions.md).
 
-    table: (rows, n) float64, on the device of the inputs. row: an int, or an int64 tensor with one element on that
-    device (it is read there, never on the host, so a CUDA graph can advance it; it is not range checked).
-    inputs: n tensors of one shape, floating, dtypes may differ. Output: shape, dtype and layout of inputs[0].
+    table: (rows, n) float64, on the device of the inputs. row: an int, or an int64 tensor with one element on
+    that device (it is read there, never on the host, so a CUDA graph can advance it; it is not range checked).
+    inputs: n tensors of one shape, floating, dtypes may differ. Output: inputs[0]'s shape, dtype and layout.
     Summed in fp32, in fp64 if inputs[0] is fp64. A tensor whose coefficient is zero is not read.
-    Raises ShapeError, DeviceError, or LdmfastError for a table that is not float64 or a row that is not there.
+    Raises ShapeError, DeviceError, or LdmfastError for a table that is not float64 or a row out of range.
     """
     if table.ndim != 2 or table.shape[1] != len(inputs) or not inputs:
-        raise ShapeError(f"lincomb: table has shape {shape_of(table)}, needs (rows, {len(inputs)}) with one column "
-                         "for each of at least one input")
+        raise ShapeError(f"lincomb: table has shape {shape_of(table)}, needs (rows, {len(inputs)}) with one "
+                         "column for each of at least one input")
     if table.dtype != torch.float64:
         raise LdmfastError(f"lincomb: table is {table.dtype}, needs torch.float64")
     first = inputs[0]
@@ -84,11 +85,12 @@ def lincomb(table: Tensor, row: Tensor | int, inputs: Sequence[Tensor]) -> Tenso
             raise ShapeError(f"lincomb: input {i} has shape {shape_of(x)}, input 0 has {shape_of(first)}; "
                              "they must be equal")
     if table.device != first.device:
-        raise DeviceError(f"lincomb: table is on {table.device}, inputs are on {first.device}; move the table")
+        raise DeviceError(f"lincomb: table is on {table.device}, inputs are on {first.device}; "
+                          "move the table")
     if isinstance(row, Tensor):
         if row.dtype != torch.int64 or row.numel() != 1 or row.device != table.device:
-            raise ShapeError(f"lincomb: row is a {row.dtype} tensor of shape {shape_of(row)} on {row.device}, "
-                             f"needs one int64 on {table.device}")
+            raise ShapeError(f"lincomb: row is a {row.dtype} tensor of shape {shape_of(row)} on "
+                             f"{row.device}, needs one int64 on {table.device}")
         return _call(table, row, inputs)
     if not -1 < row < table.shape[0]:
         raise LdmfastError(f"lincomb: row {row} is not in the table's 0..{table.shape[0] - 1}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from ..errors import ShapeError
@@ -49,7 +48,8 @@ _call = register(Op("upsample2x", "(Tensor x) -> Tensor", reference, fake, cases
 def upsample2x(x: Tensor) -> Tensor:
     """Nearest-neighbour upsampling by two: out[n, c, i, j] = x[n, c, i // 2, j // 2].
 
-    x: (N, C, H, W), floating. Output: (N, C, 2 H, 2 W), x's dtype and layout. Raises ShapeError for another rank.
+    x: (N, C, H, W), floating. Output: (N, C, 2 H, 2 W), x's dtype and layout.
+    Raises ShapeError for another rank.
     """
     if x.ndim != 4:
         raise ShapeError(f"upsample2x: x has shape {shape_of(x)}, needs (N, C, H, W)")
