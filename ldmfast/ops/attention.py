@@ -15,7 +15,7 @@ _QUERY_CHUNK = 512  # the reference is also the fallback: bounds its score matri
 
 
 def visible(queries: int, keys: int, block_size: int, device: torch.device, first: int = 0) -> Tensor:
-    """(queries, keys) bool: query i, numbered from ``first``, sees key j if j's block is not later than its own."""
+    """(queries, keys) bool: query i, numbered from ``first``, sees key j if j's block is not later."""
     i = torch.arange(first, first + queries, device=device)
     j = torch.arange(keys, device=device)
     return j[None] // block_size <= torch.div(i[:, None], block_size, rounding_mode="floor")
@@ -139,7 +139,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ca
     """
     _check(q, k, v)
     if block_size < 1:
-        raise LdmfastError(f"attention: block_size is {block_size}, needs at least 1 (1: ordinary causal mask)")
+        raise LdmfastError(f"attention: block_size is {block_size}, needs at least 1 (1: plain causal mask)")
     if bias is not None:
         want = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         fits = bias.ndim <= 4 and all(a in (1, w) for a, w in zip(reversed(bias.shape), reversed(want)))

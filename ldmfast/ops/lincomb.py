@@ -68,7 +68,7 @@ def lincomb(table: Tensor, row: Tensor | int, inputs: Sequence[Tensor]) -> Tenso
     """sum_j table[row, j] * inputs[j], the solver step of every coefficient table (docs/decisions.md).
 
     table: (rows, n) float64, on the device of the inputs. row: an int, or an int64 tensor with one element on
-    that device (it is read there, never on the host, so a CUDA graph can advance it; it is not range checked).
+    that device (read there, never on the host, so that a CUDA graph can advance it; not range checked).
     inputs: n tensors of one shape, floating, dtypes may differ. Output: inputs[0]'s shape, dtype and layout.
     Summed in fp32, in fp64 if inputs[0] is fp64. A tensor whose coefficient is zero is not read.
     Raises ShapeError, DeviceError, or LdmfastError for a table that is not float64 or a row out of range.
