@@ -1,0 +1,146 @@
+"""The network as the sampler sees it: guidance branches stacked, step-invariant work done once a call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import PrecisionError
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Conditions of one guidance branch, one row a picture. Any of them may be absent.
+
+    states: (N, tokens, width). pooled: (N, width) and time_ids: (N, 6), SDXL's added conditions.
+    class_labels: (N,). timestep_cond: (N, dim), the guidance embedding of LCM-like networks.
+    """
+
+    states: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
+    class_labels: torch.Tensor | None = None
+    timestep_cond: torch.Tensor | None = None
+
+    def rows(self, rows: slice) -> Conditions:
+        return Conditions(*[None if v is None else v[rows] for v in self._values()])
+
+    def _values(self) -> tuple[torch.Tensor | None, ...]:
+        return self.states, self.pooled, self.time_ids, self.class_labels, self.timestep_cond
+
+
+def _stack(branches: Sequence[Conditions]) -> dict[str, Any]:
+    def join(name: str) -> torch.Tensor | None:
+        values = [getattr(b, name) for b in branches]
+        return None if values[0] is None else torch.cat(values)
+
+    kwargs: dict[str, Any] = {"encoder_hidden_states": join("states")}
+    if branches[0].time_ids is not None:
+        kwargs["added_cond_kwargs"] = {"text_embeds": join("pooled"), "time_ids": join("time_ids")}
+    if branches[0].class_labels is not None:
+        kwargs["class_labels"] = join("class_labels")
+    if branches[0].timestep_cond is not None:
+        kwargs["timestep_cond"] = join("timestep_cond")
+    return kwargs
+
+
+class Denoiser:
+    """Callable (x, t, stage) -> prediction, or (uncond, cond) when there are two branches.
+
+    one_by_one runs every picture in a forward of its own (its guidance branches together), so that no picture's
+    bits depend on what shares the batch, whatever the GEMM library does with other batch sizes.
+    extra: (N, c, h, w) channels appended to the network input (9-channel inpainting).
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        branches: Sequence[Conditions],
+        times: Sequence[float],
+        pictures: int,
+        *,
+        one_by_one: bool,
+        extra: torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+    ) -> None:
+        self.unet = unet
+        self.dtype = next(unet.parameters()).dtype
+        self.branches = len(branches)
+        self.guidance_scale = guidance_scale
+        self.guidance_rescale = guidance_rescale
+        self.extra = extra
+        self.groups = [slice(i, i + 1) for i in range(pictures)] if one_by_one else [slice(0, pictures)]
+        distinct = list(dict.fromkeys(float(t) for t in times))
+        self.states = [unet.prepare(distinct, **_stack([b.rows(g) for b in branches])) for g in self.groups]
+
+    def __call__(self, x: torch.Tensor, t: float, stage: int) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        if self.extra is not None:
+            x = torch.cat([x, self.extra.to(x.dtype)], dim=1)
+        x = x.to(self.dtype)
+        parts: list[tuple[torch.Tensor, ...]] = []
+        for group, state in zip(self.groups, self.states):
+            rows = torch.cat([x[group]] * self.branches)
+            parts.append(self.unet(rows, t, state=state).chunk(self.branches))
+        outs = tuple(p[0] if len(parts) == 1 else torch.cat(p) for p in zip(*parts))
+        if len(outs) == 1:
+            return outs[0]
+        if self.guidance_rescale > 0:
+            return rescaled_guidance(outs[0], outs[1], self.guidance_scale, self.guidance_rescale)
+        return outs
+
+
+def rescaled_guidance(uncond: torch.Tensor, cond: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
+    """Classifier-free guidance whose standard deviation a picture is pulled to the conditional prediction's
+    (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", eq. 15-16). Not linear in the
+    predictions, so it cannot be folded into a step table."""
+    uncond, cond = uncond.float(), cond.float()
+    guided = uncond + scale * (cond - uncond)
+    dims = list(range(1, cond.ndim))
+    matched = guided * (cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
+    return rescale * matched + (1 - rescale) * guided
+
+
+def guidance_embedding(scale: float, pictures: int, dim: int) -> torch.Tensor:
+    """(pictures, dim) fp32 sinusoidal embedding of ``scale - 1`` times 1000, the input of guidance-distilled
+    networks (Luo et al., "Latent Consistency Models", section 4.3; sin half first, as their release)."""
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = (scale - 1) * 1000.0 * frequencies
+    row = torch.cat([angles.sin(), angles.cos(), torch.zeros(dim % 2)])
+    return row.expand(pictures, dim)
+
+
+class NanFinder:
+    """While active, names the first module of ``model`` that turns finite inputs into NaN or infinity.
+
+    The hook is torch's global one, filtered by thread, because the module itself is shared between threads.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.names = {id(m): name for name, m in model.named_modules() if name}
+        self.thread = threading.get_ident()
+        self.found: str | None = None
+
+    def _hook(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if self.found is None and threading.get_ident() == self.thread and id(module) in self.names:
+            tensors = output if isinstance(output, (tuple, list)) else (output,)
+            if any(isinstance(t, torch.Tensor) and not bool(torch.isfinite(t).all()) for t in tensors):
+                self.found = self.names[id(module)]
+
+    def __enter__(self) -> NanFinder:
+        self.handle = torch.nn.modules.module.register_module_forward_hook(self._hook)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.handle.remove()
+
+
+def not_finite(where: str, module: str | None, precision: str) -> PrecisionError:
+    inside = f", first in module {module!r}" if module else ""
+    way_out = "use precision='exact'" if precision != "exact" else "check the weights and the inputs for NaN"
+    return PrecisionError(f"the latents became NaN or infinite {where}{inside}; {way_out}")

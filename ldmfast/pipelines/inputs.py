@@ -1,0 +1,181 @@
+"""Call arguments to tensors: seeds and noise, pictures and masks, sizes. Everything is checked before heavy work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import LdmfastError, ShapeError
+
+GeneratorLike = torch.Generator | int | Sequence[torch.Generator | int] | None
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """Where a call's random numbers come from.
+
+    Either one generator a picture (a picture then does not depend on its batch), or, as in diffusers, one
+    ``torch.Generator`` from which the whole batch is drawn. ``seeds`` are None where the caller's generator was
+    already in use, because its state cannot be told by a number.
+    """
+
+    generators: tuple[torch.Generator, ...]
+    joint: bool
+    seeds: tuple[int | None, ...]
+
+    @property
+    def argument(self) -> torch.Generator | list[torch.Generator]:
+        """In the form that samplers take."""
+        return self.generators[0] if self.joint else list(self.generators)
+
+    def normal(self, shape: Sequence[int]) -> torch.Tensor:
+        """fp32 normal numbers of ``shape`` (batch first), drawn on the generators' own device."""
+        if self.joint:
+            g = self.generators[0]
+            return torch.randn(tuple(shape), generator=g, device=g.device)
+        rows = [torch.randn((1, *shape[1:]), generator=g, device=g.device) for g in self.generators]
+        return torch.cat(rows) if rows else torch.empty(tuple(shape))
+
+    def states(self) -> list[torch.Tensor]:
+        return [g.get_state() for g in self.generators]
+
+    def restore(self, states: list[torch.Tensor]) -> None:
+        for g, state in zip(self.generators, states):
+            g.set_state(state)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    if isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise LdmfastError(f"seed {seed} is out of range: choose one from 0 to 2**64 - 1")
+    return torch.Generator().manual_seed(seed)
+
+
+def _seed_of(generator: torch.Generator) -> int | None:
+    seed = generator.initial_seed()
+    if generator.device.type != "cpu":
+        return None
+    fresh = torch.Generator().manual_seed(seed)
+    return seed if torch.equal(fresh.get_state(), generator.get_state()) else None
+
+
+def random_source(generator: GeneratorLike, pictures: int) -> RandomSource:
+    """An int seeds picture i with ``generator + i``; None draws that int from torch's global generator."""
+    if generator is None:
+        generator = int(torch.randint(2**48, ()))
+    if isinstance(generator, torch.Generator):
+        seed = _seed_of(generator) if pictures == 1 else None
+        return RandomSource((generator,), True, (seed,) * pictures)
+    if isinstance(generator, (int, np.integer)):
+        seeds = [int(generator) + i for i in range(pictures)]
+        return RandomSource(tuple(_seeded(s) for s in seeds), False, tuple(seeds))
+    if not isinstance(generator, (list, tuple)):
+        raise LdmfastError(f"generator is a {type(generator).__name__}: give an int, a torch.Generator or a list of these")
+    if len(generator) != pictures:
+        raise ShapeError(f"{len(generator)} generators were given for {pictures} pictures: give one for each")
+    items, numbers = [], []
+    for g in generator:
+        if isinstance(g, torch.Generator):
+            items.append(g)
+            numbers.append(_seed_of(g))
+        elif isinstance(g, (int, np.integer)):
+            items.append(_seeded(int(g)))
+            numbers.append(int(g))
+        else:
+            raise LdmfastError(f"generator holds a {type(g).__name__}: give ints or torch.Generators")
+    return RandomSource(tuple(items), False, tuple(numbers))
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    for name, value in (("height", height), ("width", width)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise ShapeError(f"{name}={value!r} is not a whole number of pixels")
+        if value < multiple or value % multiple:
+            low = max(multiple, value // multiple * multiple)
+            choice = f"{low}" if value < multiple else f"{low} or {low + multiple}"
+            raise ShapeError(f"{name}={value} is not a positive multiple of {multiple}: use {choice}")
+
+
+def _one_image(image: Any, what: str) -> torch.Tensor:
+    """PIL, (H, W, C) array in [0, 1] or uint8, or (C, H, W) tensor -> (C, H, W) float, not yet normalised."""
+    if isinstance(image, Image.Image):
+        array = np.asarray(image.convert("L" if what == "mask_image" else "RGB"), dtype=np.float32) / 255
+        return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
+    if isinstance(image, np.ndarray):
+        scale = 255.0 if image.dtype == np.uint8 else 1.0
+        array = image.astype(np.float32) / scale
+        return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
+    if isinstance(image, torch.Tensor):
+        tensor = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+        return tensor if tensor.ndim == 3 else tensor[None]
+    raise LdmfastError(f"{what} is a {type(image).__name__}: give a PIL image, a numpy array, a tensor or a list of these")
+
+
+def _as_list(image: Any) -> list[Any]:
+    if isinstance(image, (list, tuple)):
+        if not image:
+            raise ShapeError("an empty list of pictures was given: give at least one")
+        return list(image)
+    if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4:
+        return list(image)
+    return [image]
+
+
+def image_size(image: Any, multiple: int) -> tuple[int, int]:
+    """(height, width) of the first picture, rounded down to ``multiple``."""
+    first = _as_list(image)[0]
+    if isinstance(first, Image.Image):
+        width, height = first.size
+    else:
+        height, width = _one_image(first, "image").shape[-2:]
+    return max(multiple, height // multiple * multiple), max(multiple, width // multiple * multiple)
+
+
+def _resized(image: Any, height: int, width: int, what: str) -> torch.Tensor:
+    if isinstance(image, Image.Image) and image.size != (width, height):
+        image = image.convert("L" if what == "mask_image" else "RGB")
+        image = image.resize((width, height), resample=Image.Resampling.LANCZOS)
+    tensor = _one_image(image, what)
+    if tuple(tensor.shape[-2:]) != (height, width):
+        tensor = torch.nn.functional.interpolate(tensor[None], size=(height, width))[0]
+    if not bool(torch.isfinite(tensor).all()):
+        raise LdmfastError(f"{what} holds NaN or infinite values: check how it was read")
+    return tensor
+
+
+def prepare_image(image: Any, height: int, width: int) -> torch.Tensor:
+    """Pictures to (N, 3, height, width) fp32 in [-1, 1]. Values in [0, 1] are expected; tensors that reach below 0
+    are taken as already in [-1, 1]."""
+    rows = []
+    for item in _as_list(image):
+        x = _resized(item, height, width, "image")
+        if x.shape[0] == 1:
+            x = x.expand(3, -1, -1)
+        if x.shape[0] != 3:
+            raise ShapeError(f"image has {x.shape[0]} channels: give 3 (RGB) or 1")
+        rows.append(x if isinstance(item, torch.Tensor) and bool((x < 0).any()) else x * 2 - 1)
+    return torch.stack(rows)
+
+
+def prepare_mask(mask: Any, height: int, width: int) -> torch.Tensor:
+    """Masks to (N, 1, height, width) fp32 of exactly 0 (keep) and 1 (repaint); the threshold is 0.5."""
+    rows = []
+    for item in _as_list(mask):
+        m = _resized(item, height, width, "mask_image")
+        if m.shape[0] != 1:
+            m = m.mean(0, keepdim=True)
+        rows.append((m >= 0.5).float())
+    return torch.stack(rows)
+
+
+def repeat_to(x: torch.Tensor, pictures: int, what: str) -> torch.Tensor:
+    """(n, ...) to (pictures, ...), each row repeated in turn as diffusers does."""
+    if x.shape[0] == pictures:
+        return x
+    if x.shape[0] == 0 or pictures % x.shape[0]:
+        raise ShapeError(f"{x.shape[0]} {what} were given for {pictures} pictures: give 1 or {pictures}")
+    return x.repeat(pictures // x.shape[0], *[1] * (x.ndim - 1))

@@ -1,0 +1,209 @@
+"""Parts of a checkpoint to live components: denoiser, autoencoder, text encoders, schedule."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints import Parts
+from ..errors import CheckpointError, DeviceError, LdmfastError, PrecisionError
+from ..models import REGISTRY
+from ..samplers import Schedule
+from .text import TextEncoder
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+PRECISIONS = {"exact": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Components:
+    """Everything a pipeline runs; read-only after loading, so one set serves many threads."""
+
+    unet: Any
+    vae: Any
+    text_encoders: tuple[TextEncoder, ...]
+    schedule: Schedule
+    scheduler_config: dict[str, Any]
+    index: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise DeviceError(f"unknown device {device!r}: use 'cpu' or 'cuda'") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device {device!r} was asked for and torch {torch.__version__} sees no GPU: use device='cpu'")
+    if chosen.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {device!r} is not supported: use 'cpu' or 'cuda'")
+    return chosen
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def resolve_precision(
+    precision: str | None, dtype: torch.dtype | None, device: torch.device
+) -> tuple[str, torch.dtype]:
+    """(name, dtype of the networks). "auto" is bf16 where the device multiplies bf16 natively, otherwise exact."""
+    if precision is None:
+        if dtype is None or dtype == torch.float32:
+            return "exact", torch.float32
+        if dtype == torch.bfloat16:
+            return "bf16", torch.bfloat16
+        if dtype == torch.float16 and device.type == "cuda":
+            return "fp16", torch.float16
+        if dtype == torch.float16:
+            raise PrecisionError("dtype=torch.float16 has no fast arithmetic on a CPU: use precision='bf16' or 'exact'")
+        raise PrecisionError(f"dtype={dtype} is not supported: use torch.float32 or torch.bfloat16")
+    if precision == "auto":
+        precision = "bf16" if _has_fast_bf16(device) else "exact"
+    if precision not in PRECISIONS:
+        raise PrecisionError(f"precision={precision!r} is not available in this version: use 'exact', 'bf16' or 'auto'")
+    if dtype is not None and dtype != PRECISIONS[precision]:
+        raise PrecisionError(f"precision={precision!r} and dtype={dtype} contradict each other: give one of them")
+    return precision, PRECISIONS[precision]
+
+
+def _model(parts: Parts, part: str, dtype: torch.dtype, device: torch.device) -> Any:
+    config = parts.config(part)
+    name = config.get("_class_name")
+    if name not in REGISTRY:
+        raise CheckpointError(f"{parts.path}: part {part!r} is a {name}, which is not supported; "
+                              f"supported: {', '.join(sorted(REGISTRY))}")
+    _, module = REGISTRY[name]
+    with torch.device("meta"):
+        model = module.from_config(config)
+    expected = {k: v.shape for k, v in model.state_dict().items()}
+    weights = dict(parts.weights(part, dtype))
+    _check_keys(parts, part, expected, weights)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _check_keys(parts: Parts, part: str, expected: dict[str, torch.Size], weights: dict[str, torch.Tensor]) -> None:
+    missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or surplus:
+        kind, names = ("lacks", missing) if missing else ("has unknown", surplus)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise CheckpointError(f"{parts.path}: part {part!r} {kind} weight {names[0]!r}{more}; "
+                              "its config and its weights do not belong together")
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise CheckpointError(f"{parts.path}: part {part!r}, weight {name!r} has shape {tuple(weights[name].shape)} "
+                                  f"where its config needs {tuple(shape)}")
+
+
+def _tokenizer(parts: Parts, part: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    folder = parts.folder(part)
+    try:
+        if folder is not None:
+            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        config = parts.config(part)
+        return CLIPTokenizer.from_pretrained(str(ASSETS / "clip_tokenizer"), local_files_only=True, **config)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{parts.path}: part {part!r} is not a readable CLIP tokenizer "
+                              f"({str(error).splitlines()[0]})") from error
+
+
+def _text_encoder(parts: Parts, part: str, dtype: torch.dtype, device: torch.device) -> Any:
+    import transformers
+
+    config = parts.config(part)
+    architectures = config.get("architectures") or [config.get("_class_name") or "CLIPTextModel"]
+    name = architectures[0]
+    if name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+        raise CheckpointError(f"{parts.path}: part {part!r} is a {name}; supported: CLIPTextModel, "
+                              "CLIPTextModelWithProjection")
+    settings = transformers.CLIPTextConfig(**{k: v for k, v in config.items() if not k.startswith("_")})
+    cls = getattr(transformers, name)
+    with torch.device("meta"):
+        model = cls(settings)
+    weights = {k: v for k, v in dict(parts.weights(part, dtype)).items() if not k.endswith("position_ids")}
+    weights = _as_installed(weights, set(model.state_dict()))
+    _check_keys(parts, part, {k: v.shape for k, v in model.state_dict().items()}, weights)
+    model.load_state_dict(weights, strict=True, assign=True)
+    embeddings = getattr(model, "text_model", model).embeddings
+    positions = torch.arange(settings.max_position_embeddings).expand(1, -1)
+    embeddings.register_buffer("position_ids", positions, persistent=False)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _as_installed(weights: dict[str, torch.Tensor], wanted: set[str]) -> dict[str, torch.Tensor]:
+    """CLIP text weights are stored with a ``text_model.`` prefix that newer transformers dropped."""
+    prefix = "text_model."
+    if any(k.startswith(prefix) for k in wanted) or not any(k.startswith(prefix) for k in weights):
+        return weights
+    return {k.removeprefix(prefix): v for k, v in weights.items()}
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Sixteen hex digits over names, sizes and both ends of the weight files: cheap, and enough to tell models apart."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        with file.open("rb") as f:
+            digest.update(f.read(1 << 16))
+            f.seek(max(0, size - (1 << 16)))
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
+
+
+def _defaults(parts: Parts) -> dict[str, Any]:
+    file = Path(parts.path) / "ldmfast.json"
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error})") from error
+    allowed = {"num_inference_steps", "guidance_scale", "solver"}
+    if not isinstance(values, dict) or not values.keys() <= allowed:
+        raise CheckpointError(f"{file}: may only set {', '.join(sorted(allowed))}")
+    return values
+
+
+def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device) -> Components:
+    """Build every component that ``parts`` has. Raises CheckpointError with the file and part that is wrong."""
+    names = set(parts.names)
+    vae_part = "vae" if "vae" in names else "vqvae"
+    for needed in ("unet", vae_part):
+        if needed not in names:
+            raise CheckpointError(f"{parts.path}: has no part {needed!r}; it has {', '.join(sorted(names)) or 'none'}")
+    scheduler_config = parts.config("scheduler") if "scheduler" in names else {}
+    schedule = Schedule.from_config(scheduler_config)
+    two = "text_encoder_2" in names
+    encoders = []
+    for suffix in ("", "_2"):
+        if f"text_encoder{suffix}" not in names:
+            continue
+        if f"tokenizer{suffix}" not in names:
+            raise CheckpointError(f"{parts.path}: has part 'text_encoder{suffix}' but no 'tokenizer{suffix}'")
+        encoders.append(TextEncoder(_tokenizer(parts, f"tokenizer{suffix}"),
+                                    _text_encoder(parts, f"text_encoder{suffix}", dtype, device), two))
+    try:
+        unet = _model(parts, "unet", dtype, device)
+        vae_config = parts.config(vae_part)
+        upcast = dtype == torch.float16 and vae_config.get("force_upcast", False)
+        vae = _model(parts, vae_part, torch.float32 if upcast else dtype, device)
+    except LdmfastError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{parts.path}: its config does not describe a network "
+                              f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    return Components(unet, vae, tuple(encoders), schedule, scheduler_config, parts.index, _defaults(parts),
+                      fingerprint(parts.files))

@@ -1,0 +1,192 @@
+"""The drop-in pipeline: text to image, image to image and inpainting with any latent-diffusion UNet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import checkpoints
+from .inputs import GeneratorLike
+from .load import ASSETS, Components, load, resolve_device, resolve_precision
+from .output import PipelineOutput
+from .request import Request
+from .run import run
+
+
+class Pipeline:
+    """A loaded model. Calls share its read-only weights and keep their state to themselves: any number of threads
+    may call one pipeline, and each gets what it would get alone.
+
+    Build one with :meth:`from_pretrained`, :meth:`from_single_file` or :meth:`tiny`.
+    """
+
+    def __init__(self, components: Components, *, precision: str, device: torch.device, source: str) -> None:
+        self.loaded = components
+        self.precision = precision
+        self.device = device
+        self.source = source
+        self.vae_tiling = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        precision: str | None = None,
+        variant: str | None = None,
+    ) -> Pipeline:
+        """Load a diffusers folder. Nothing is ever downloaded.
+
+        dtype / precision: "exact" (fp32, the default), "bf16", or "auto" (bf16 where the device is fast in it).
+        variant: weight files named ``model.<variant>.safetensors``, for instance "fp16".
+        Raises CheckpointError, DeviceError, PrecisionError before weights are read where that can be told.
+        """
+        where = resolve_device(device)
+        name, kind = resolve_precision(precision, dtype, where)
+        parts = checkpoints.open_folder(Path(path), variant=variant)
+        return cls(load(parts, name, kind, where), precision=name, device=where, source=str(path))
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        precision: str | None = None,
+        prediction_type: str | None = None,
+    ) -> Pipeline:
+        """Load a CompVis / ComfyUI layout safetensors file of SD 1, SD 2 or SDXL; its configs are inferred from its
+        keys and shapes. prediction_type ("epsilon" or "v_prediction") overrides what the file implies: SD 2's two
+        kinds hold the same keys. Raises as :meth:`from_pretrained`."""
+        where = resolve_device(device)
+        name, kind = resolve_precision(precision, dtype, where)
+        parts = checkpoints.open_single_file(Path(path), prediction_type=prediction_type)
+        return cls(load(parts, name, kind, where), precision=name, device=where, source=str(path))
+
+    @classmethod
+    def tiny(
+        cls,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        precision: str | None = None,
+    ) -> Pipeline:
+        """The model that ships with ldmfast: 64x64 pictures of coloured shapes (recipes/tiny)."""
+        pipe = cls.from_pretrained(ASSETS / "tiny", dtype=dtype, device=device, precision=precision)
+        pipe.source = "tiny"
+        return pipe
+
+    @property
+    def unet(self) -> Any:
+        return self.loaded.unet
+
+    @property
+    def vae(self) -> Any:
+        return self.loaded.vae
+
+    @property
+    def schedule(self) -> Any:
+        return self.loaded.schedule
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name, as in diffusers."""
+        parts: dict[str, Any] = {"unet": self.unet, "vae": self.vae, "scheduler": self.schedule}
+        for suffix, encoder in zip(("", "_2"), self.loaded.text_encoders):
+            parts[f"text_encoder{suffix}"] = encoder.model
+            parts[f"tokenizer{suffix}"] = encoder.tokenizer
+        return parts
+
+    def enable_vae_tiling(self) -> None:
+        """Decode and encode pictures in overlapping tiles: bounded memory for large sizes. Set before use."""
+        self.vae_tiling = True
+
+    def disable_vae_tiling(self) -> None:
+        self.vae_tiling = False
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a latent stands for along one side."""
+        config = self.vae.config
+        if hasattr(config, "block_out_channels") and not hasattr(config, "encoder_block_out_channels"):
+            return 2 ** (len(config.block_out_channels) - 1)
+        return 2 ** (len(config.encoder_block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: GeneratorLike = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        *,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        solver: str | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        class_labels: Any = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        progress: bool = True,
+    ) -> PipelineOutput | tuple[Any, None]:
+        """Generate pictures. Names and meanings are those of diffusers.
+
+        prompt: a text or a list of texts. Without ``image``: text to image. With ``image``: image to image. With
+            ``image`` and ``mask_image`` (1 = repaint): inpainting; outside the mask the latents end exactly equal
+            to the encoded picture's (4-channel networks).
+        height, width: pixels, multiples of 8 (default: the network's training size, or the given image's size).
+        num_inference_steps, guidance_scale, solver: default to what the checkpoint recommends (``ldmfast.json``),
+            otherwise 50, 7.5 and "dpmpp_2m". ``timesteps`` or ``sigmas`` give the steps explicitly.
+        generator: an int (picture i uses seed + i), a torch.Generator (as diffusers: one stream for the batch), or
+            a list with one int or Generator a picture. None draws a seed from torch's global generator.
+        latents: (N, C, h, w) starting noise of unit variance instead of drawing it.
+        strength: 0 to 1, how much of the picture is redrawn (default 0.8; 1.0 when inpainting).
+        output_type: "pil", "np" (N, H, W, 3), "pt" (N, 3, H, W), both in [0, 1], or "latent" (the VAE's units
+            times its scaling factor).
+        callback_on_step_end(call, step, timestep, {"latents": x}): may return {"latents": replacement};
+            ``call.cancel()`` (or diffusers' ``call._interrupt = True``) ends this call after the step.
+        Raises LdmfastError and its subclasses with one line, before any heavy work; PrecisionError when numbers
+        become NaN or infinite on the way.
+        """
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "__class__")}
+        result = run(self, Request.resolve(self, **arguments))
+        return result if return_dict else (result.images, None)
+
+    def repeat(self, settings: dict[str, Any], *, image: Any = None, mask_image: Any = None,
+               progress: bool = True) -> PipelineOutput:
+        """Make the picture again whose ``settings`` a PNG carries (:func:`ldmfast.pipelines.read_settings`).
+
+        Raises LdmfastError when the settings belong to another model, precision or source picture.
+        """
+        from .repeat import repeat
+
+        return repeat(self, settings, image=image, mask_image=mask_image, progress=progress)
+
+    def __repr__(self) -> str:
+        return f"ldmfast.Pipeline({self.source!r}, precision={self.precision!r}, device={str(self.device)!r})"

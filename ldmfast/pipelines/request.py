@@ -1,0 +1,267 @@
+"""A call's arguments, checked and completed before any heavy work."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import LdmfastError, ShapeError
+from ..samplers import SOLVERS, StepTable, make_table
+from .inputs import RandomSource, check_size, image_size, random_source
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call, complete: every default resolved, every value checked. ``pictures`` is prompts x images per prompt.
+    ``table`` holds all step coefficients, guidance folded in where it is linear."""
+
+    mode: str
+    prompts: list[str] | None
+    negative_prompts: list[str] | None
+    prompt_embeds: torch.Tensor | None
+    negative_prompt_embeds: torch.Tensor | None
+    pooled_prompt_embeds: torch.Tensor | None
+    negative_pooled_prompt_embeds: torch.Tensor | None
+    pictures: int
+    per_prompt: int
+    height: int
+    width: int
+    steps: int
+    timesteps: list[float] | None
+    sigmas: list[float] | None
+    guidance_scale: float
+    guidance_rescale: float
+    eta: float
+    random: RandomSource
+    latents: torch.Tensor | None
+    image: Any
+    mask_image: Any
+    strength: float
+    solver: str
+    table: StepTable
+    output_type: str
+    clip_skip: int | None
+    class_labels: torch.Tensor | None
+    original_size: tuple[int, int]
+    crops_coords_top_left: tuple[int, int]
+    target_size: tuple[int, int]
+    callback: Callable[..., Any] | None
+    progress: bool
+
+    @property
+    def guided(self) -> bool:
+        return self.negative_prompts is not None or self.negative_prompt_embeds is not None
+
+    @classmethod
+    def resolve(cls, pipe: Pipeline, **a: Any) -> Request:
+        defaults = pipe.loaded.defaults
+        mode = _mode(pipe, a["image"], a["mask_image"])
+        if a["output_type"] not in OUTPUT_TYPES:
+            raise LdmfastError(f"output_type={a['output_type']!r} is unknown: use one of {', '.join(OUTPUT_TYPES)}")
+        if list(a["callback_on_step_end_tensor_inputs"]) != ["latents"]:
+            raise LdmfastError("callback_on_step_end_tensor_inputs: only ['latents'] is offered")
+        per_prompt = _whole("num_images_per_prompt", a["num_images_per_prompt"], 1)
+        default_scale = defaults.get("guidance_scale", 5.0 if len(pipe.loaded.text_encoders) == 2 else 7.5)
+        scale = _number("guidance_scale", default_scale if a["guidance_scale"] is None else a["guidance_scale"])
+        prompts, negatives, count = _prompts(pipe, a, scale)
+        pictures = count * per_prompt
+        height, width = _size(pipe, a, mode)
+        _check_latents(pipe, a["latents"], pictures, height, width)
+        strength = _strength(a["strength"], mode)
+        table = _table(pipe, a, strength)
+        embedded = _config(pipe, "time_cond_proj_dim") is not None
+        guided = scale > 1 and not embedded and (prompts is not None or a["prompt_embeds"] is not None)
+        rescale = _number("guidance_rescale", a["guidance_rescale"])
+        if guided and rescale == 0:
+            table = table.with_guidance(scale)
+        size = (height, width)
+        return cls(
+            mode=mode, prompts=prompts, negative_prompts=negatives if guided else None,
+            prompt_embeds=a["prompt_embeds"],
+            negative_prompt_embeds=a["negative_prompt_embeds"] if guided else None,
+            pooled_prompt_embeds=a["pooled_prompt_embeds"],
+            negative_pooled_prompt_embeds=a["negative_pooled_prompt_embeds"],
+            pictures=pictures, per_prompt=per_prompt, height=height, width=width, steps=_steps(pipe, a),
+            timesteps=None if a["timesteps"] is None else [float(t) for t in a["timesteps"]],
+            sigmas=None if a["sigmas"] is None else [float(s) for s in a["sigmas"]],
+            guidance_scale=scale, guidance_rescale=rescale, eta=_number("eta", a["eta"]),
+            random=random_source(a["generator"], pictures), latents=a["latents"], image=a["image"],
+            mask_image=a["mask_image"], strength=strength, solver=_solver(pipe, a), table=table,
+            output_type=a["output_type"], clip_skip=a["clip_skip"],
+            class_labels=_class_labels(pipe, a["class_labels"], pictures),
+            original_size=a["original_size"] or size, crops_coords_top_left=tuple(a["crops_coords_top_left"]),
+            target_size=a["target_size"] or size, callback=a["callback_on_step_end"], progress=bool(a["progress"]),
+        )
+
+
+def _config(pipe: Pipeline, key: str) -> Any:
+    return getattr(pipe.unet.config, key, None)
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
+        raise LdmfastError(f"{name}={value!r} is not a whole number of at least {least}")
+    return int(value)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or (number < 0 and name != "guidance_scale"):
+        raise LdmfastError(f"{name}={value!r} is not a finite number" + (" >= 0" if name != "guidance_scale" else ""))
+    return number
+
+
+def _mode(pipe: Pipeline, image: Any, mask: Any) -> str:
+    channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if mask is not None and image is None:
+        raise LdmfastError("mask_image was given without image: inpainting needs both")
+    mode = "text2img" if image is None else "img2img" if mask is None else "inpaint"
+    if channels == 2 * latent + 1 and mode != "inpaint":
+        raise LdmfastError(f"this is an inpainting network ({channels} input channels): give image and mask_image")
+    if channels not in (latent, 2 * latent + 1):
+        raise LdmfastError(f"the network takes {channels} input channels and the latents have {latent}: "
+                           "this kind of conditioning is not supported")
+    return mode
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
+        raise LdmfastError(f"{name} is a {type(value).__name__}: give a text or a list of texts")
+    if not texts:
+        raise ShapeError(f"{name} is an empty list: give at least one text")
+    return list(texts)
+
+
+def _prompts(pipe: Pipeline, a: dict[str, Any], scale: float) -> tuple[list[str] | None, list[str] | None, int]:
+    """(prompts, negative prompts, number of prompts), each prompt with its negative one."""
+    prompt, embeds = a["prompt"], a["prompt_embeds"]
+    if not pipe.loaded.text_encoders and prompt is not None:
+        raise LdmfastError("this checkpoint has no text encoder: give prompt_embeds, or no prompt at all "
+                           "if the network is not conditioned on text")
+    if prompt is not None and embeds is not None:
+        raise LdmfastError("prompt and prompt_embeds were both given: give one of them")
+    if prompt is None and embeds is None:
+        if _config(pipe, "cross_attention_dim") is not None and pipe.loaded.text_encoders:
+            raise LdmfastError("no prompt was given: give prompt (an empty text is allowed) or prompt_embeds")
+        return None, None, 1
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        value = a[name]
+        if value is not None and (not isinstance(value, torch.Tensor) or value.ndim != 3):
+            raise ShapeError(f"{name} must be a (prompts, tokens, width) tensor")
+        if value is not None and not bool(torch.isfinite(value).all()):
+            raise LdmfastError(f"{name} holds NaN or infinite values: check how it was made")
+    if embeds is not None:
+        negative = a["negative_prompt_embeds"]
+        if scale > 1 and negative is None and _config(pipe, "time_cond_proj_dim") is None:
+            raise LdmfastError("guidance needs negative_prompt_embeds beside prompt_embeds: give them, "
+                               "or guidance_scale=1")
+        if negative is not None and negative.shape != embeds.shape:
+            raise ShapeError(f"negative_prompt_embeds {tuple(negative.shape)} and prompt_embeds "
+                             f"{tuple(embeds.shape)} must have one shape")
+        return None, None, embeds.shape[0]
+    prompts = _texts("prompt", prompt)
+    negative = a["negative_prompt"]
+    negatives = [""] if negative is None else _texts("negative_prompt", negative)
+    if len(negatives) == 1:
+        negatives = negatives * len(prompts)
+    if len(negatives) != len(prompts):
+        raise ShapeError(f"{len(negatives)} negative prompts were given for {len(prompts)} prompts: give 1 or "
+                         f"{len(prompts)}")
+    return prompts, negatives, len(prompts)
+
+
+def _size(pipe: Pipeline, a: dict[str, Any], mode: str) -> tuple[int, int]:
+    factor = pipe.vae_scale_factor
+    multiple = max(8, factor)
+    sample = pipe.unet.config.sample_size
+    if mode != "text2img":
+        default_h, default_w = image_size(a["image"], multiple)
+    elif a["latents"] is not None and isinstance(a["latents"], torch.Tensor) and a["latents"].ndim == 4:
+        default_h, default_w = (int(s) * factor for s in a["latents"].shape[-2:])
+    else:
+        pair = sample if isinstance(sample, (list, tuple)) else (sample or 64, sample or 64)
+        default_h, default_w = (int(s) * factor for s in pair)
+    height = default_h if a["height"] is None else a["height"]
+    width = default_w if a["width"] is None else a["width"]
+    check_size(height, width, multiple)
+    return int(height), int(width)
+
+
+def _check_latents(pipe: Pipeline, latents: Any, pictures: int, height: int, width: int) -> None:
+    if latents is None:
+        return
+    factor = pipe.vae_scale_factor
+    wanted = (pictures, pipe.vae.config.latent_channels, height // factor, width // factor)
+    if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != wanted:
+        shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+        raise ShapeError(f"latents are {shape} where this call needs {wanted}")
+    if not bool(torch.isfinite(latents).all()):
+        raise LdmfastError("latents hold NaN or infinite values: check how they were made")
+
+
+def _strength(value: Any, mode: str) -> float:
+    if mode == "text2img":
+        if value is not None:
+            raise LdmfastError("strength was given without image: it says how much of a picture is redrawn")
+        return 1.0
+    strength = _number("strength", (0.8 if mode == "img2img" else 1.0) if value is None else value)
+    if not 0 <= strength <= 1:
+        raise LdmfastError(f"strength={value} is not between 0 and 1")
+    return strength
+
+
+def _solver(pipe: Pipeline, a: dict[str, Any]) -> str:
+    solver = a["solver"] or pipe.loaded.defaults.get("solver", "dpmpp_2m")
+    if solver not in SOLVERS:
+        near = difflib.get_close_matches(str(solver), SOLVERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise LdmfastError(f"solver {solver!r} is unknown{hint} Known: {', '.join(sorted(SOLVERS))}")
+    return str(solver)
+
+
+def _steps(pipe: Pipeline, a: dict[str, Any]) -> int:
+    if a["timesteps"] is not None or a["sigmas"] is not None:
+        return len(a["timesteps"] if a["timesteps"] is not None else a["sigmas"])
+    value = a["num_inference_steps"]
+    if value is None:
+        value = pipe.loaded.defaults.get("num_inference_steps", 50)
+    return _whole("num_inference_steps", value, 1)
+
+
+def _table(pipe: Pipeline, a: dict[str, Any], strength: float) -> StepTable:
+    explicit = a["timesteps"] is not None or a["sigmas"] is not None
+    steps = None if explicit else _steps(pipe, a)
+    return make_table(pipe.schedule, _solver(pipe, a), steps, timesteps=a["timesteps"], sigmas=a["sigmas"],
+                      eta=_number("eta", a["eta"]), strength=strength)
+
+
+def _class_labels(pipe: Pipeline, labels: Any, pictures: int) -> torch.Tensor | None:
+    count = _config(pipe, "num_class_embeds")
+    if labels is None:
+        if count is not None:
+            raise LdmfastError(f"the network is class-conditional: give class_labels from 0 to {count - 1}")
+        return None
+    tensor = torch.as_tensor(labels).reshape(-1)
+    if tensor.numel() == 1:
+        tensor = tensor.expand(pictures)
+    if tensor.numel() != pictures:
+        raise ShapeError(f"{tensor.numel()} class_labels were given for {pictures} pictures: give 1 or {pictures}")
+    if count is not None and (int(tensor.min()) < 0 or int(tensor.max()) >= count):
+        raise LdmfastError(f"class_labels {labels} leave the range 0 to {count - 1}")
+    return tensor
+
+

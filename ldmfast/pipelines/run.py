@@ -1,0 +1,294 @@
+"""One call, from checked request to pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .. import __version__
+from ..errors import LdmfastError
+from ..samplers import StopSampling, sample
+from .denoiser import Conditions, Denoiser, NanFinder, guidance_embedding, not_finite
+from .inputs import prepare_image, prepare_mask, repeat_to
+from .output import PipelineOutput, to_output
+from .request import Request
+from .text import PromptEmbeds, encode_prompts
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+_LARGEST_UNTILED = 128  # latents a side; beyond it a tiled autoencoder works on tiles of this size
+
+
+class Call:
+    """What a step callback is given in the pipeline's place: the pipeline's attributes, and this call's own state."""
+
+    def __init__(self, pipe: Pipeline, request: Request) -> None:
+        self._pipe = pipe
+        self._interrupt = False
+        self.num_timesteps = len(request.table.timesteps)
+        self.guidance_scale = request.guidance_scale
+
+    def cancel(self) -> None:
+        """End this call after the current step; other calls of the pipeline go on."""
+        self._interrupt = True
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+
+def run(pipe: Pipeline, request: Request) -> PipelineOutput:
+    """Encode, sample, decode."""
+    branches = _branches(pipe, request)
+    x, blend, extra = _start(pipe, request)
+    times = request.table.network_times
+
+    def denoiser() -> Denoiser:
+        return Denoiser(pipe.unet, branches, times, request.pictures, one_by_one=pipe.precision == "exact",
+                        extra=extra, guidance_scale=request.guidance_scale,
+                        guidance_rescale=request.guidance_rescale)
+
+    sampling_states = request.random.states()
+    latents, cancelled = _sample(pipe, request, denoiser(), x, blend)
+    if not bool(torch.isfinite(latents).all()):
+        request.random.restore(sampling_states)
+        _explain(pipe, request, denoiser(), x, blend)
+    if request.output_type == "latent":
+        images: Any = latents
+    else:
+        images = to_output(decode(pipe, latents), request.output_type)
+    return PipelineOutput(images, _settings(pipe, request), cancelled)
+
+
+def _embeds(pipe: Pipeline, request: Request) -> tuple[PromptEmbeds, PromptEmbeds | None] | None:
+    """Embeddings of the prompts and of the negative prompts, one row a prompt."""
+    if request.prompt_embeds is not None:
+        negative = request.negative_prompt_embeds
+        return (PromptEmbeds(request.prompt_embeds, request.pooled_prompt_embeds),
+                None if negative is None else PromptEmbeds(negative, request.negative_pooled_prompt_embeds))
+    if request.prompts is None:
+        return None
+    encoders = pipe.loaded.text_encoders
+    alone = pipe.precision == "exact"
+    positive = encode_prompts(encoders, request.prompts, clip_skip=request.clip_skip, one_by_one=alone)
+    if request.negative_prompts is None:
+        return positive, None
+    force_zeros = len(encoders) == 2 and pipe.loaded.index.get("force_zeros_for_empty_prompt", True)
+    if force_zeros and not any(request.negative_prompts):
+        return positive, positive.zeros_like()
+    return positive, encode_prompts(encoders, request.negative_prompts, clip_skip=request.clip_skip, one_by_one=alone)
+
+
+def _branches(pipe: Pipeline, request: Request) -> list[Conditions]:
+    """[uncond, cond], or [cond] without guidance."""
+    embeds = _embeds(pipe, request)
+    config, device, n = pipe.unet.config, pipe.device, request.pictures
+    dtype = next(pipe.unet.parameters()).dtype
+    labels = None if request.class_labels is None else request.class_labels.to(device)
+    dim = getattr(config, "time_cond_proj_dim", None)
+    guidance = None if dim is None else guidance_embedding(request.guidance_scale, n, dim).to(device, dtype)
+    if embeds is None:
+        return [Conditions(class_labels=labels, timestep_cond=guidance)]
+    time_ids = None
+    if getattr(config, "addition_embed_type", None) == "text_time":
+        ids = (*request.original_size, *request.crops_coords_top_left, *request.target_size)
+        time_ids = torch.tensor([ids], dtype=dtype, device=device).expand(n, -1)
+    branches = []
+    for embed in (embeds[1], embeds[0]):
+        if embed is None:
+            continue
+        rows = embed.repeat(request.per_prompt)
+        pooled = None if rows.pooled is None else rows.pooled.to(device, dtype)
+        if time_ids is not None and pooled is None:
+            raise LdmfastError("this network also needs pooled_prompt_embeds and negative_pooled_prompt_embeds")
+        branches.append(Conditions(rows.states.to(device, dtype), pooled if time_ids is not None else None,
+                                   time_ids, labels, guidance))
+    return branches
+
+
+Blend = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+def _start(pipe: Pipeline, request: Request) -> tuple[torch.Tensor, Blend | None, torch.Tensor | None]:
+    """Starting latents (fp32), the per-step blend of 4-channel inpainting, extra channels of 9-channel inpainting.
+
+    Random numbers are drawn in diffusers' order: the picture's posterior, the noise, the masked picture's posterior.
+    """
+    table, factor, n = request.table, pipe.vae_scale_factor, request.pictures
+    channels = pipe.vae.config.latent_channels
+    shape = (n, channels, request.height // factor, request.width // factor)
+    concat = pipe.unet.config.in_channels != channels
+    needs_source = request.mode == "img2img" or (request.mode == "inpaint" and (not concat or request.strength < 1))
+    pixels = source = None
+    if request.mode != "text2img":
+        pixels = repeat_to(prepare_image(request.image, request.height, request.width), n, "pictures")
+    if needs_source and pixels is not None:
+        source = encode(pipe, pixels, request)
+    given = request.latents
+    noise = given.float().to(pipe.device) if given is not None else request.random.normal(shape).to(pipe.device)
+    if source is None or (request.mode == "inpaint" and request.strength == 1):
+        x = noise * table.init_noise_sigma
+    else:
+        x = table.noised(source, noise, 0)
+    if request.mode != "inpaint" or pixels is None:
+        return x, None, None
+    mask = repeat_to(prepare_mask(request.mask_image, request.height, request.width), n, "masks")
+    small = torch.nn.functional.interpolate(mask, size=shape[-2:]).to(pipe.device)
+    if concat:
+        masked = encode(pipe, pixels * (mask < 0.5), request)
+        return x, None, torch.cat([small, masked], dim=1)
+    if given is None:
+        request.random.normal(shape)  # the posterior diffusers draws here and does not use: keeps streams equal
+    return x, _blend(request, small, source, noise), None
+
+
+def _blend(request: Request, mask: torch.Tensor, source: torch.Tensor | None, noise: torch.Tensor) -> Blend:
+    table = request.table
+
+    def blend(step: int, x: torch.Tensor) -> torch.Tensor:
+        assert source is not None
+        last = step + 1 >= len(table.timesteps)
+        known = source if last else table.noised(source, noise, step + 1)
+        return torch.where(mask.bool(), x, known.to(x.dtype))
+
+    return blend
+
+
+def _sample(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor, blend: Blend | None
+            ) -> tuple[torch.Tensor, bool]:
+    from tqdm import tqdm
+
+    call = Call(pipe, request)
+    with tqdm(total=call.num_timesteps, disable=not request.progress, unit="step") as bar:
+
+        def on_step(step: int, t: float, latents: torch.Tensor) -> torch.Tensor:
+            if blend is not None:
+                latents = blend(step, latents)
+            bar.update()
+            if request.callback is not None:
+                latents = _user_callback(request, call, step, t, latents)
+            if call.interrupt and step + 1 < call.num_timesteps:
+                raise StopSampling(latents)
+            return latents
+
+        out = sample(denoiser, x, pipe.schedule, table=request.table, generator=request.random.argument,
+                     callback=on_step)
+    return out, call.interrupt
+
+
+def _user_callback(request: Request, call: Call, step: int, t: float, latents: torch.Tensor) -> torch.Tensor:
+    assert request.callback is not None
+    answer = request.callback(call, step, t, {"latents": latents})
+    if answer is None:
+        return latents
+    if not isinstance(answer, dict) or not isinstance(answer.get("latents", latents), torch.Tensor):
+        raise LdmfastError("callback_on_step_end must return None or a dict like {'latents': tensor}")
+    replaced = answer.get("latents", latents)
+    if replaced.shape != latents.shape:
+        raise LdmfastError(f"callback_on_step_end returned latents {tuple(replaced.shape)} "
+                           f"where {tuple(latents.shape)} are needed")
+    return replaced.to(latents)
+
+
+def _explain(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor, blend: Blend | None) -> None:
+    """Run the call again from the same random state, looking at every step, and raise what was found."""
+    steps = len(request.table.timesteps)
+    done = 0
+
+    def on_step(step: int, t: float, latents: torch.Tensor) -> torch.Tensor:
+        nonlocal done
+        if blend is not None:
+            latents = blend(step, latents)
+        if request.callback is not None:
+            latents = _user_callback(request, Call(pipe, request), step, t, latents)
+        done = step + 1
+        if not bool(torch.isfinite(latents).all()):
+            raise not_finite(f"at step {step + 1} of {steps} (timestep {t:g})", finder.found, pipe.precision)
+        return latents
+
+    with NanFinder(pipe.unet) as finder:
+        sample(denoiser, x, pipe.schedule, table=request.table, generator=request.random.argument, callback=on_step)
+    raise not_finite(f"after step {done} of {steps}", finder.found, pipe.precision)
+
+
+def _tile(pipe: Pipeline) -> int | None:
+    return _LARGEST_UNTILED // 2 if pipe.vae_tiling else None
+
+
+def encode(pipe: Pipeline, pixels: torch.Tensor, request: Request) -> torch.Tensor:
+    """(N, 3, H, W) in [-1, 1] to scaled latents: a sample of the posterior, one picture at a time."""
+    vae = pipe.vae
+    dtype = next(vae.parameters()).dtype
+    means, deviations = [], []
+    for row in pixels.split(1):
+        posterior = vae.encode(row.to(pipe.device, dtype), tile=_tile(pipe))
+        means.append(posterior.mean.float())
+        deviations.append(torch.exp(0.5 * posterior.logvar.float()))
+    mean = torch.cat(means)
+    sampled = mean + torch.cat(deviations) * request.random.normal(mean.shape).to(mean.device)
+    return (sampled - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+
+def decode(pipe: Pipeline, latents: torch.Tensor) -> torch.Tensor:
+    """Scaled latents to (N, 3, H, W) pixels in about [-1, 1], one picture at a time: bounded memory, and no
+    picture depends on its neighbours. Raises PrecisionError when the decoder makes NaN."""
+    vae = pipe.vae
+    dtype = next(vae.parameters()).dtype
+    z = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    rows = [vae.decode(row.to(dtype), tile=_tile(pipe)).float() for row in z.split(1)]
+    pixels = torch.cat(rows)
+    if not bool(torch.isfinite(pixels).all()):
+        with NanFinder(vae) as finder:
+            for row in z.split(1):
+                vae.decode(row.to(dtype), tile=_tile(pipe))
+        raise not_finite("in the VAE's decoder", finder.found, pipe.precision)
+    return pixels
+
+
+def digest(image: Any) -> str | None:
+    """A short hash of a source picture or mask, to tell on repeating whether it is the same one."""
+    if image is None:
+        return None
+    items = image if isinstance(image, (list, tuple)) else [image]
+    h = hashlib.sha256()
+    for item in items:
+        array = np.asarray(item.convert("RGBA")) if isinstance(item, Image.Image) else np.asarray(item)
+        h.update(str((array.shape, array.dtype)).encode() + np.ascontiguousarray(array).tobytes())
+    return h.hexdigest()[:16]
+
+
+def _settings(pipe: Pipeline, request: Request) -> list[dict[str, Any]]:
+    """For each picture, all that is needed to make it again. ``seed`` is None where no number tells it."""
+    common: dict[str, Any] = {
+        "ldmfast": __version__, "torch": torch.__version__, "model": pipe.source,
+        "fingerprint": pipe.loaded.fingerprint, "precision": pipe.precision, "device": pipe.device.type,
+        "mode": request.mode, "height": request.height, "width": request.width,
+        "num_inference_steps": request.steps, "timesteps": request.timesteps, "sigmas": request.sigmas,
+        "guidance_scale": request.guidance_scale, "guidance_rescale": request.guidance_rescale, "eta": request.eta,
+        "solver": request.solver, "clip_skip": request.clip_skip, "strength": request.strength,
+        "original_size": list(request.original_size), "target_size": list(request.target_size),
+        "crops_coords_top_left": list(request.crops_coords_top_left),
+        "image": digest(request.image), "mask_image": digest(request.mask_image),
+        "repeatable": request.prompt_embeds is None and request.latents is None and request.callback is None,
+        "vae_tiling": pipe.vae_tiling,
+    }
+    rows = []
+    for i in range(request.pictures):
+        p = i // request.per_prompt
+        rows.append({
+            "prompt": None if request.prompts is None else request.prompts[p],
+            "negative_prompt": None if request.negative_prompts is None else request.negative_prompts[p],
+            "seed": request.random.seeds[i],
+            "class_label": None if request.class_labels is None else int(request.class_labels[i]),
+        })
+    batch = rows if pipe.precision != "exact" and len(rows) > 1 else None
+    return [{**common, **row, "batch": batch, "index": i} for i, row in enumerate(rows)]

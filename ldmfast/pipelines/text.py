@@ -1,0 +1,101 @@
+"""Prompts to text-encoder states, for one CLIP encoder (SD 1, SD 2, tiny) or two (SDXL).
+
+Tokenizers and text encoders come from transformers, whose fast tokenizers and output recorders keep
+mutable state; one lock a pipeline serialises them, everything else of a call runs in parallel.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import LdmfastError
+
+_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A tokenizer and its transformers text model; ``penultimate`` takes the last hidden layer but one (SDXL)."""
+
+    tokenizer: Any
+    model: Any
+    penultimate: bool = False
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """states: (N, tokens, width) for cross-attention; pooled: (N, width) or None (only SDXL uses it)."""
+
+    states: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def repeat(self, times: int) -> PromptEmbeds:
+        """Each prompt ``times`` times in a row."""
+        pooled = None if self.pooled is None else self.pooled.repeat_interleave(times, 0)
+        return PromptEmbeds(self.states.repeat_interleave(times, 0), pooled)
+
+    def zeros_like(self) -> PromptEmbeds:
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return PromptEmbeds(torch.zeros_like(self.states), pooled)
+
+
+def _limit(encoder: TextEncoder) -> int:
+    positions = int(encoder.model.config.max_position_embeddings)
+    return min(positions, int(encoder.tokenizer.model_max_length))
+
+
+def tokenize(encoder: TextEncoder, prompts: list[str]) -> torch.Tensor:
+    """Token ids (N, limit), padded and cut to the encoder's limit; warns with the text that was cut."""
+    tokenizer, limit = encoder.tokenizer, _limit(encoder)
+    ids = tokenizer(prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
+    whole = tokenizer(prompts, padding=False, truncation=False).input_ids
+    for prompt, tokens in zip(prompts, whole):
+        if len(tokens) > limit:
+            cut = tokenizer.decode(tokens[limit - 1 : -1]).strip()
+            warnings.warn(
+                f"the prompt has {len(tokens) - 2} tokens and the text encoder takes {limit - 2}; "
+                f"cut off: {cut!r} (prompt: {prompt[:40]!r}...)", stacklevel=2)
+    return ids
+
+
+def _encode_one(encoder: TextEncoder, prompts: list[str], clip_skip: int | None) -> tuple[torch.Tensor, Any]:
+    model = encoder.model
+    ids = tokenize(encoder, prompts).to(model.device)
+    mask = torch.ones_like(ids) if getattr(model.config, "use_attention_mask", False) else None
+    hidden = encoder.penultimate or clip_skip is not None
+    out = model(ids, attention_mask=mask, output_hidden_states=hidden)
+    if encoder.penultimate:
+        return out.hidden_states[-2 if clip_skip is None else -(clip_skip + 2)], out[0]
+    if clip_skip is None:
+        return out[0], None
+    text_model = getattr(model, "text_model", model)
+    return text_model.final_layer_norm(out.hidden_states[-(clip_skip + 1)]), None
+
+
+def encode_prompts(
+    encoders: tuple[TextEncoder, ...], prompts: list[str], *, clip_skip: int | None = None, one_by_one: bool = False
+) -> PromptEmbeds:
+    """Encode prompts with every encoder and join their states along the width.
+
+    clip_skip counts hidden layers left out at the end, as in diffusers. one_by_one encodes each prompt alone, so
+    that its embedding does not depend on its neighbours to the last bit.
+    """
+    if clip_skip is not None:
+        layers = min(int(e.model.config.num_hidden_layers) for e in encoders)
+        if not 0 <= clip_skip < layers:
+            raise LdmfastError(f"clip_skip={clip_skip} leaves nothing of {layers} layers: choose 0 to {layers - 1}")
+    groups = [[p] for p in prompts] if one_by_one else [prompts]
+    embeds = []
+    with _LOCK, torch.inference_mode():
+        for group in groups:
+            parts = [_encode_one(e, group, clip_skip) for e in encoders]
+            embeds.append(PromptEmbeds(torch.cat([p[0] for p in parts], dim=-1), parts[-1][1]))
+    if len(embeds) == 1:
+        return embeds[0]
+    pooled = None if embeds[0].pooled is None else torch.cat([e.pooled for e in embeds if e.pooled is not None])
+    return PromptEmbeds(torch.cat([e.states for e in embeds]), pooled)
