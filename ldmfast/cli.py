@@ -1,0 +1,170 @@
+"""The ``ldmfast`` command: generate pictures, inspect checkpoints, tell what is live on this machine."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import LdmfastError
+
+if TYPE_CHECKING:
+    from .pipelines import Pipeline
+
+app = typer.Typer(
+    help="Run latent diffusion at the speed the hardware allows. Nothing is ever downloaded.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)
+
+EXAMPLES = """Examples:
+
+  ldmfast generate "a red circle above a blue square" --seed 0 --out demo.png
+
+  ldmfast generate "a castle" --model path/to/sd15 --steps 25 --precision bf16 --num 4
+
+  ldmfast generate "a castle" --model path/to/model.safetensors --image sketch.png --strength 0.6
+
+  ldmfast generate --from-png demo.png --out again.png
+"""
+
+
+def _fail(error: Exception) -> None:
+    typer.echo(f"ldmfast: {error}", err=True)
+    raise typer.Exit(2)
+
+
+def _open(model: str, precision: str, device: str) -> Pipeline:
+    from .pipelines import Pipeline
+
+    if model == "tiny":
+        return Pipeline.tiny(precision=precision, device=device)
+    if Path(model).is_file():
+        return Pipeline.from_single_file(model, precision=precision, device=device)
+    return Pipeline.from_pretrained(model, precision=precision, device=device)
+
+
+def _picture(path: Path | None) -> Any:
+    if path is None:
+        return None
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.copy()
+    except OSError as error:
+        raise LdmfastError(f"{path}: not a readable picture ({error})") from error
+
+
+def _live_kernels(device: str) -> str:
+    from . import ops
+
+    rows = {name: row.live(device) for name, row in sorted(ops.ROWS.items())}
+    return ", ".join(f"{name} ({backend})" for name, backend in rows.items())
+
+
+@app.command(epilog=EXAMPLES)
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
+    model: Annotated[str | None, typer.Option(help="A diffusers folder, a single .safetensors file, or 'tiny', the "
+                                                   "shipped model (default).")] = None,
+    out: Annotated[Path, typer.Option(help="PNG to write; with --num above 1, name-0.png, name-1.png, ...")
+                   ] = Path("out.png"),
+    seed: Annotated[int | None, typer.Option(help="Picture i uses seed + i. Default: a fresh one, printed.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    num: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Solver steps (default: the model's own, otherwise 50).")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 turns it off.")] = None,
+    solver: Annotated[str | None, typer.Option(help="ddim, euler, dpmpp_2m, unipc, ... (a wrong name lists all).")
+                      ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Start from this picture (image to image).")] = None,
+    mask: Annotated[Path | None, typer.Option(help="With --image: repaint only where this picture is white.")] = None,
+    strength: Annotated[float | None, typer.Option(help="0 to 1: how much of --image is redrawn.")] = None,
+    precision: Annotated[str | None, typer.Option(help="exact (fp32, default), bf16, or auto.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    from_png: Annotated[Path | None, typer.Option(help="Repeat the picture in this PNG, bit for bit; only --model, "
+                                                       "--out, --image and --mask may be given beside it.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Draw a picture from a text (and, if you like, from another picture)."""
+    begin = time.perf_counter()
+    try:
+        if from_png is not None:
+            given = {"prompt": prompt, "seed": seed, "negative": negative, "steps": steps, "guidance": guidance,
+                     "solver": solver, "height": height, "width": width, "strength": strength, "precision": precision}
+            extra = [name for name, value in given.items() if value is not None]
+            if extra:
+                raise LdmfastError(f"--from-png repeats a picture exactly, so {extra[0]!r} cannot be given beside it")
+            pipe, result, loaded = _repeat(from_png, model, device, image, mask, quiet)
+        else:
+            if prompt is None:
+                raise LdmfastError("no prompt was given: ldmfast generate \"a red circle above a blue square\"")
+            _check_out(out)
+            pipe = _open(model or "tiny", precision or "exact", device)
+            loaded = time.perf_counter()
+            result = pipe(prompt, height, width, steps, guidance_scale=guidance, negative_prompt=negative,
+                          num_images_per_prompt=num, generator=seed, image=_picture(image),
+                          mask_image=_picture(mask), strength=strength, solver=solver, progress=not quiet)
+        done = time.perf_counter()
+        files = result.save(out)
+    except LdmfastError as error:
+        _fail(error)
+        return
+    for file, settings in zip(files, result.settings):
+        typer.echo(f"{file.resolve()}  {settings['width']}x{settings['height']}  seed {settings['seed']}")
+    settings = result.settings[0]
+    typer.echo(f"{done - loaded:.2f} s for {len(files)} picture{'s' * (len(files) > 1)} "
+               f"({settings['num_inference_steps']} steps, {settings['solver']}, guidance "
+               f"{settings['guidance_scale']:g}, {pipe.precision}), {loaded - begin:.2f} s to load")
+    typer.echo(f"kernels: {_live_kernels(pipe.device.type)}")
+
+
+def _check_out(out: Path) -> None:
+    """Before heavy work: the folder is there and the name is a PNG's."""
+    if out.suffix.lower() != ".png":
+        raise LdmfastError(f"--out {out} does not end in .png: the settings are kept in PNG metadata")
+    if not out.parent.is_dir():
+        raise LdmfastError(f"folder {out.parent} does not exist: create it or choose another --out")
+
+
+def _repeat(png: Path, model: str | None, device: str, image: Path | None, mask: Path | None, quiet: bool) -> Any:
+    from .pipelines import read_settings
+
+    settings = read_settings(png)
+    pipe = _open(model or str(settings.get("model")), str(settings.get("precision")), device)
+    loaded = time.perf_counter()
+    result = pipe.repeat(settings, image=_picture(image), mask_image=_picture(mask), progress=not quiet)
+    return pipe, result, loaded
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A diffusers folder or a single weights file.")],
+) -> None:
+    """Tell what a checkpoint is: its parts, sizes and dtypes, from its headers alone; nothing is loaded."""
+    from .checkpoints import inspect as report
+
+    try:
+        typer.echo(str(report(path)))
+    except LdmfastError as error:
+        _fail(error)
+
+
+@app.command()
+def info() -> None:
+    """Tell the version, the CPU's instruction sets, CUDA, and which kernel of every op is live here."""
+    from ._info import info as facts
+
+    typer.echo(str(facts()))
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
