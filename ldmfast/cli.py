@@ -93,6 +93,7 @@ def generate(
     """Draw a picture from a text (and, if you like, from another picture)."""
     begin = time.perf_counter()
     try:
+        _check_out(out)
         if from_png is not None:
             given = {"prompt": prompt, "seed": seed, "negative": negative, "steps": steps, "guidance": guidance,
                      "solver": solver, "height": height, "width": width, "strength": strength, "precision": precision}
@@ -103,7 +104,6 @@ def generate(
         else:
             if prompt is None:
                 raise LdmfastError("no prompt was given: ldmfast generate \"a red circle above a blue square\"")
-            _check_out(out)
             pipe = _open(model or "tiny", precision or "exact", device)
             loaded = time.perf_counter()
             result = pipe(prompt, height, width, steps, guidance_scale=guidance, negative_prompt=negative,
