@@ -1,0 +1,19 @@
+"""Samplers: a solver is a table of coefficients, the loop runs any table.
+
+    schedule = Schedule.from_config(json.load(open("scheduler/scheduler_config.json")))
+    table = make_table(schedule, "dpmpp_2m", 20, guidance=7.5)
+    x = sample(denoise, noise * table.init_noise_sigma, table=table)
+"""
+
+from __future__ import annotations
+
+from .configs import CLASS_TO_SOLVER, SOLVER_TO_CLASS, solver_of
+from .registry import SOLVERS, make_table, solver_options, start_step
+from .sample import StopSampling, sample
+from .schedules import Schedule
+from .step_table import Clip, StepTable, TableBuilder
+
+__all__ = [
+    "CLASS_TO_SOLVER", "SOLVERS", "SOLVER_TO_CLASS", "Clip", "Schedule", "StepTable", "StopSampling",
+    "TableBuilder", "make_table", "sample", "solver_of", "solver_options", "start_step",
+]

@@ -1,0 +1,131 @@
+"""Solver names, and the one function that makes a table from a name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import LdmfastError
+from .ddim import ddim
+from .dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde
+from .euler import euler, euler_a
+from .schedules import Schedule
+from .step_table import StepTable
+
+SOLVERS: dict[str, Callable[..., StepTable]] = {
+    "ddim": ddim, "euler": euler, "euler_a": euler_a, "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+}
+"""Solver name -> function(schedule, steps, *, timesteps, sigmas, start, its own options) -> StepTable."""
+
+FLOW_ONLY = ("flow_euler", "flow_heun")
+EITHER = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc", "deis")
+_COMMON = ("schedule", "steps", "timesteps", "sigmas", "start")
+
+
+def find_solver(name: str) -> Callable[..., StepTable]:
+    """The solver's function; an unknown name raises LdmfastError with the nearest and all known names."""
+    if name in SOLVERS:
+        return SOLVERS[name]
+    near = difflib.get_close_matches(str(name).lower(), SOLVERS, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise LdmfastError(f"unknown solver {name!r}; {hint}known: {', '.join(SOLVERS)}")
+
+
+def solver_options(name: str) -> tuple[str, ...]:
+    """The options a solver takes beyond the common ones."""
+    return tuple(p for p in inspect.signature(find_solver(name)).parameters if p not in _COMMON)
+
+
+def start_step(steps: int, strength: float, *, flow: bool = False) -> int:
+    """Steps to skip for image to image: the last int(steps * strength) steps run, as in diffusers' get_timesteps
+    (its flow pipelines round the other way). Strength 0 runs none: the source comes back. LdmfastError outside
+    [0, 1]."""
+    if not (isinstance(strength, (int, float)) and 0 <= strength <= 1):
+        raise LdmfastError(f"strength={strength}, must be in [0, 1]")
+    if flow:
+        return int(max(steps - min(steps * strength, steps), 0))
+    return max(steps - min(int(steps * strength), steps), 0)
+
+
+def make_table(schedule: Schedule, solver: str | None = None, steps: int | None = None, *,
+               timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None,
+               network_times: Sequence[float] | None = None, strength: float | None = None, start: int = 0,
+               mu: float | None = None, image_seq_len: int | None = None,
+               guidance: float | Sequence[float] | None = None, **options: Any) -> StepTable:
+    """The step table of a run.
+
+    solver: a name of SOLVERS; None takes the one of the schedule's config. One of ``steps``, ``timesteps``
+    (falling, training times) or ``sigmas`` (falling; with the run's end as last value, for flow solvers without).
+    network_times: what the network is told instead, one a step or one a stage. ``strength`` in [0, 1] or
+    ``start`` skip the first steps (image to image). ``mu``, or ``image_seq_len`` (latent patches), fix a dynamic
+    shift. ``guidance`` as in StepTable.with_guidance. options: the solver's own (``solver_options``).
+    Raises LdmfastError, one line each, for whatever does not fit.
+    """
+    name = solver or schedule.solver
+    if name is None:
+        raise LdmfastError(f"make_table: no solver given; known: {', '.join(SOLVERS)}")
+    function = find_solver(name)
+    schedule = schedule.for_solver(name)
+    if timesteps is not None and sigmas is not None:
+        raise LdmfastError("make_table: both timesteps and sigmas are given; give one (network_times= sets what the "
+                           "network sees)")
+    count = steps if timesteps is None and sigmas is None else _check_length(timesteps, sigmas, steps, schedule.flow)
+    if count is None:
+        raise LdmfastError("make_table: needs steps, timesteps or sigmas")
+    _check_kind(name, schedule)
+    schedule = _fix_shift(schedule, mu, image_seq_len)
+    known = solver_options(name)
+    for option in options:
+        if option not in known:
+            raise LdmfastError(f"{name}: unknown option {option!r}; it takes {', '.join(known) or 'none'}")
+    settings = {k: v for k, v in schedule.options.items() if k in known} | options
+    if strength is not None:
+        if start:
+            raise LdmfastError(f"make_table: both strength={strength} and start={start} are given; give one")
+        start = start_step(count, strength, flow=schedule.flow)
+    if isinstance(count, int) and count > 0 and not 0 <= start <= count:
+        raise LdmfastError(f"make_table: start={start} is not in 0..{count}")
+    table = function(schedule, None if count != steps else steps, timesteps=timesteps, sigmas=sigmas, start=start,
+                     **settings) if timesteps is not None or sigmas is not None else \
+        function(schedule, steps, start=start, **settings)
+    if network_times is not None:
+        table = table.with_network_times(network_times)
+    return table if guidance is None else table.with_guidance(guidance)
+
+
+def _check_length(timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, steps: int | None,
+                  flow: bool) -> int:
+    count = len(timesteps) if timesteps is not None else len(sigmas or ()) - (not flow)
+    if steps is not None and steps != count:
+        what = "timesteps" if timesteps is not None else "sigmas"
+        raise LdmfastError(f"make_table: steps={steps}, but the {what} list makes {count} steps; leave one out")
+    return count
+
+
+def _check_kind(name: str, schedule: Schedule) -> None:
+    if schedule.flow and name not in FLOW_ONLY + EITHER:
+        raise LdmfastError(f"{name} works on variance-preserving noise, this schedule is a rectified flow; use one of "
+                           f"{', '.join(s for s in FLOW_ONLY + EITHER if s in SOLVERS)}")
+    if not schedule.flow and name in FLOW_ONLY:
+        raise LdmfastError(f"{name} needs a rectified-flow schedule (flow=True, prediction_type='flow_prediction'), "
+                           f"this one predicts {schedule.prediction_type}; use for example "
+                           f"{name.removeprefix('flow_')}")
+
+
+def _fix_shift(schedule: Schedule, mu: float | None, image_seq_len: int | None) -> Schedule:
+    if not schedule.use_dynamic_shifting:
+        if mu is not None:
+            raise LdmfastError(f"make_table: mu={mu}, but the schedule's shift is fixed ({schedule.shift}); set "
+                               "use_dynamic_shifting=True, or leave mu out")
+        return schedule
+    if mu is None and image_seq_len is None:
+        raise LdmfastError("make_table: the schedule's shift depends on the picture size; give image_seq_len= (number "
+                           "of latent patches) or mu=")
+    value = schedule.mu(image_seq_len) if mu is None and image_seq_len is not None else mu
+    if value is None or not math.isfinite(value):
+        raise LdmfastError(f"make_table: mu={value} is not finite")
+    return schedule.with_mu(value)
