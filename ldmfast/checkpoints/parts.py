@@ -1,0 +1,123 @@
+"""What every checkpoint layout looks like to a pipeline: named parts with a config and weights."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from . import safetensors
+
+_MAX_JSON = 16 << 20  # bytes; the largest real one, the index of a sharded model, has below 1 MB
+
+# names that older diffusers and transformers wrote: pattern, replacement (None: the tensor is not needed)
+_OLD_NAMES: tuple[tuple[re.Pattern[str], str | None], ...] = (
+    (re.compile(r"(attentions\.\d+)\.query\."), r"\1.to_q."),
+    (re.compile(r"(attentions\.\d+)\.key\."), r"\1.to_k."),
+    (re.compile(r"(attentions\.\d+)\.value\."), r"\1.to_v."),
+    (re.compile(r"(attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
+    (re.compile(r"embeddings\.position_ids$"), None),
+)
+
+
+class Parts(ABC):
+    """An opened checkpoint. Opening reads headers and configs only; weights() reads one part.
+
+    path: the folder or file. index: model_index.json's dictionary, {"_class_name": pipeline, part: [library,
+    class], ...}; inferred for a single file.
+    """
+
+    path: Path
+    index: dict[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        """The parts that are there: "unet", "vae", "text_encoder", ..."""
+        return [k for k, v in self.index.items() if isinstance(v, list) and len(v) == 2 and v[0] is not None]
+
+    def class_name(self, part: str) -> str:
+        """Class of a part, as in model_index.json. Raises CheckpointError for a part that is not there."""
+        if part not in self.names:
+            raise CheckpointError(f"{self.path}: has no part {part!r}; it has {', '.join(self.names) or 'none'}")
+        return self.index[part][1]
+
+    @abstractmethod
+    def config(self, part: str) -> dict[str, Any]:
+        """The part's configuration (config.json, scheduler_config.json, ...)."""
+
+    @abstractmethod
+    def weights(self, part: str, dtype: torch.dtype | None = None,
+                device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The part's tensors under diffusers' or transformers' names, memory-mapped unless converted."""
+
+    def folder(self, part: str) -> Path | None:
+        """The part's own folder (a tokenizer is loaded from it), None in a single file."""
+        return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError, naming the file, when it is missing or not one."""
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, the limit for JSON is {_MAX_JSON}")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, needs a JSON object")
+    return value
+
+
+def rename_old(name: str) -> str | None:
+    """The current name of a tensor, or None for one that is not needed any more."""
+    for pattern, replacement in _OLD_NAMES:
+        if pattern.search(name):
+            return None if replacement is None else pattern.sub(replacement, name)
+    return name
+
+
+def read_tensors(path: Path, dtype: torch.dtype | None = None,
+                 device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of one weight file; the kind is told by content, never by the ending.
+
+    safetensors, or a PyTorch file that torch's weights-only loader takes. Raises CheckpointError.
+    """
+    try:
+        with path.open("rb") as file:
+            kind = safetensors.other_kind(file.read(32))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if path.suffix == ".safetensors" or kind is None:
+        yield from safetensors.load(path, dtype, device)
+        return
+    if "pickle" not in kind:
+        raise CheckpointError(f"{path}: not a weight file but {kind}")
+    for name, tensor in read_pickle(path).items():
+        yield name, tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """Tensors of a PyTorch file, through torch's weights-only loader alone: nothing in the file is executed."""
+    zipped = path.open("rb").read(2) == b"PK"
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError,
+            IndexError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: torch's weights-only loader refuses it ({reason[:160]}); convert it to "
+                              "safetensors where it was made") from error
+    if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
+        values = values["state_dict"]
+    if not isinstance(values, dict) or not any(isinstance(v, Tensor) for v in values.values()):
+        raise CheckpointError(f"{path}: holds no named tensors; not a model's weights")
+    return {k: v for k, v in values.items() if isinstance(v, Tensor)}

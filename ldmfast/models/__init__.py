@@ -1,0 +1,48 @@
+"""Native networks with diffusers' parameter names: one architecture a file, ``layers`` holds what they share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, PrecisionError
+from .autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Posterior
+from .base import Config, Model
+from .unet_2d import UNet2D
+from .unet_2d_condition import UNet2DCondition
+from .unet_config import UNet2DConditionConfig, UNet2DConfig
+from .unet_state import UNetState
+
+# diffusers' _class_name -> (config, module)
+REGISTRY: dict[str, tuple[type[Config], type[Model]]] = {
+    "UNet2DConditionModel": (UNet2DConditionConfig, UNet2DCondition),
+    "UNet2DModel": (UNet2DConfig, UNet2D),
+    "AutoencoderKL": (AutoencoderKLConfig, AutoencoderKL),
+}
+
+
+def from_diffusers(module: nn.Module, dtype: torch.dtype | None = None, precision: str = "exact") -> Model:
+    """The native model of a diffusers model, sharing the storage of its parameters.
+
+    module: an instance of a class named in REGISTRY, or of a subclass. dtype: converts (and so copies) the
+    weights. precision: "exact" (the weights' own dtype) or "bf16".
+    Raises CheckpointError for another class or an unsupported config, PrecisionError for another precision.
+    """
+    if precision not in ("exact", "bf16"):
+        raise PrecisionError(f"precision {precision!r} is not available here; choose 'exact' or 'bf16'")
+    names = [c.__name__ for c in type(module).__mro__]
+    found = next((n for n in names if n in REGISTRY), None)
+    if found is None:
+        raise CheckpointError(f"{names[0]} has no native model; there are {', '.join(REGISTRY)}")
+    settings: Any = module.config
+    model = REGISTRY[found][1].from_weights(dict(settings), module.state_dict())
+    wanted = dtype or (torch.bfloat16 if precision == "bf16" else None)
+    return model if wanted is None else model.to(wanted)
+
+
+__all__ = [
+    "REGISTRY", "AutoencoderKL", "AutoencoderKLConfig", "Config", "Model", "Posterior", "UNet2D",
+    "UNet2DCondition", "UNet2DConditionConfig", "UNet2DConfig", "UNetState", "from_diffusers",
+]

@@ -1,0 +1,181 @@
+"""The blocks of a UNet: ResNet blocks with transformers or self-attention between them, built from a BlockPlan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .layers import (
+    Attention,
+    Downsample,
+    FeedForward,
+    GroupNorm,
+    KeysValues,
+    LayerNorm,
+    ResnetBlock,
+    SpatialAttention,
+    Upsample,
+    as_image,
+    as_tokens,
+)
+from .unet_config import BlockPlan, UNetPlan
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything about one evaluation that is not the sample, found by each block through its slot.
+
+    times: (N, C) or (N, 2 C) time embedding of each ResNet block. prompts: keys and values of each
+    cross-attention. prompt_bias, self_bias: (N, 1, 1, keys), added to the scores, or None.
+    """
+
+    times: tuple[Tensor, ...]
+    prompts: tuple[KeysValues, ...] = ()
+    prompt_bias: Tensor | None = None
+    self_bias: Tensor | None = None
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each after a LayerNorm and with a residual.
+
+    only_cross: the first attention sees the prompt, too. masked: whether it obeys the masks of the Step.
+    """
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None, only_cross: bool, masked: bool = True):
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn1 = Attention(dim, heads, dim // heads, context_dim if only_cross else None)
+        self.norm2 = LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, dim // heads, context_dim)
+        self.norm3 = LayerNorm(dim)
+        self.ff = FeedForward(dim)
+        self.masked = masked
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        first = None if self.attn1.context_dim is None else step.prompts[self.attn1.slot]
+        x = self.attn1(self.norm1(x), first, step.self_bias if self.masked else None).add_(x)
+        second = step.prompts[self.attn2.slot]
+        x = self.attn2(self.norm2(x), second, step.prompt_bias if self.masked else None).add_(x)
+        return self.ff(self.norm3(x)).add_(x)
+
+
+class Transformer2D(nn.Module):
+    """GroupNorm, projection to tokens, transformer blocks, projection back, residual: (N, C, H, W) in and out."""
+
+    def __init__(self, plan: UNetPlan, block: BlockPlan, depth: int, only_cross: bool, masked: bool = True):
+        super().__init__()
+        c = block.out_channels
+        linear = plan.linear_projection and not plan.dual
+        self.norm = GroupNorm(plan.groups, c, 1e-6, silu=False)
+        self.proj_in = nn.Linear(c, c) if linear else nn.Conv2d(c, c, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(c, block.heads, block.context_dim, only_cross, masked) for _ in range(depth))
+        self.proj_out = nn.Linear(c, c) if linear else nn.Conv2d(c, c, 1)
+        self.linear = linear
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        h, size = self.norm(x), x.shape[2:]
+        h = self.proj_in(as_tokens(h)) if self.linear else as_tokens(self.proj_in(h))
+        for block in self.transformer_blocks:
+            h = block(h, step)
+        h = as_image(self.proj_out(h), *size) if self.linear else self.proj_out(as_image(h, *size))
+        return h.add_(x)
+
+
+class DualTransformer2D(nn.Module):
+    """Two transformers, one for 77 text tokens, one for 257 image tokens; their outputs are averaged."""
+
+    def __init__(self, plan: UNetPlan, block: BlockPlan):
+        super().__init__()
+        self.transformers = nn.ModuleList(Transformer2D(plan, block, 1, False, masked=False) for _ in range(2))
+        for transformer, tokens in zip(self.transformers, (slice(77, 77 + 257), slice(0, 77))):
+            for module in transformer.modules():
+                if isinstance(module, Attention) and module.context_dim is not None:
+                    module.context = tokens
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        return self.transformers[1](x, step).add_(self.transformers[0](x, step)).mul_(0.5)
+
+
+def _attention(plan: UNetPlan, block: BlockPlan, layer: int, groups: int, only_cross: bool) -> nn.Module:
+    if block.kind == "attn":
+        return SpatialAttention(block.out_channels, block.head_dim, groups, plan.eps, block.scale)
+    if plan.dual:
+        return DualTransformer2D(plan, block)
+    return Transformer2D(plan, block, block.depths[layer], only_cross)
+
+
+class _Block(nn.Module):
+    """ResNet blocks with an attention after each, or without; ``resnets`` and ``attentions`` as in diffusers."""
+
+    def __init__(self, plan: UNetPlan, block: BlockPlan, inputs: list[int]):
+        super().__init__()
+        self.kind = block.kind
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c, block.out_channels, plan.block_time_dim, plan.groups, plan.eps, plan.scale_shift,
+                        block.scale) for c in inputs)
+
+    def add_attentions(self, plan: UNetPlan, block: BlockPlan, groups: int, only_cross: bool) -> None:
+        if block.kind != "plain":
+            self.attentions = nn.ModuleList(
+                _attention(plan, block, i, groups, only_cross) for i in range(block.layers))
+
+    def attend(self, i: int, x: Tensor, step: Step) -> Tensor:
+        if self.kind == "plain":
+            return x
+        return self.attentions[i](x, step) if self.kind == "cross" else self.attentions[i](x)
+
+
+class DownBlock(_Block):
+    def __init__(self, plan: UNetPlan, block: BlockPlan):
+        super().__init__(plan, block, [block.in_channels] + [block.out_channels] * (block.layers - 1))
+        self.add_attentions(plan, block, plan.groups, block.only_cross_attention)
+        self.downsamplers = nn.ModuleList(
+            [Downsample(block.out_channels, plan.padding)] if block.resample else [])
+
+    def forward(self, x: Tensor, step: Step, adapter: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Returns the output and the skip tensors. adapter: T2I-Adapter's residual of this level."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = self.attend(i, resnet(x, step.times[resnet.slot]), step)
+            if adapter is not None and self.kind == "cross" and i == len(self.resnets) - 1:
+                x = x + adapter
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        if adapter is not None and self.kind != "cross":
+            x = x + adapter
+            skips[-1] = x
+        return x, skips
+
+
+class MidBlock(_Block):
+    def __init__(self, plan: UNetPlan, block: BlockPlan):
+        super().__init__(plan, block, [block.in_channels] * (1 + block.layers))
+        self.add_attentions(plan, block, plan.attention_groups, False)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        x = self.resnets[0](x, step.times[self.resnets[0].slot])
+        for i, resnet in enumerate(list(self.resnets)[1:]):
+            x = resnet(self.attend(i, x, step), step.times[resnet.slot])
+        return x
+
+
+class UpBlock(_Block):
+    def __init__(self, plan: UNetPlan, block: BlockPlan):
+        firsts = [block.in_channels] + [block.out_channels] * (block.layers - 1)
+        super().__init__(plan, block, [a + b for a, b in zip(firsts, block.skips)])
+        self.add_attentions(plan, block, plan.groups, block.only_cross_attention)
+        self.upsamplers = nn.ModuleList([Upsample(block.out_channels)] if block.resample else [])
+
+    def forward(self, x: Tensor, skips: list[Tensor], step: Step, size: tuple[int, int] | None) -> Tensor:
+        """Consumes skips from its end; size: of the next level's skips, None for twice the own."""
+        for i, resnet in enumerate(self.resnets):
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = self.attend(i, resnet(x, step.times[resnet.slot]), step)
+        for upsample in self.upsamplers:
+            x = upsample(x, size)
+        return x

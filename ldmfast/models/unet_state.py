@@ -1,0 +1,93 @@
+"""What of a UNet does not depend on the sample: computed once a call, looked up at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LdmfastError, ShapeError
+from .layers import Attention, KeysValues, ResnetBlock, rows_linear
+from .unet_blocks import Step
+
+
+@dataclass(frozen=True)
+class UNetState:
+    """Result of ``prepare``: time embeddings of all timesteps, prompt keys and values.
+
+    rows: timestep -> row of ``times``. times: for each ResNet block (timesteps, pictures or 1, C).
+    batch: the number of pictures the conditions were given for, or None where there are no conditions.
+    """
+
+    rows: dict[float, int]
+    times: tuple[Tensor, ...]
+    prompts: tuple[KeysValues, ...]
+    prompt_bias: Tensor | None
+    batch: int | None
+
+    def step(self, timestep: Tensor | float, pictures: int, self_bias: Tensor | None = None) -> Step:
+        """The part for one evaluation. timestep: number, or tensor () or (pictures,).
+
+        Raises ShapeError for another number of pictures than prepared, LdmfastError for another timestep.
+        """
+        if self.batch not in (None, pictures):
+            raise ShapeError(f"sample has {pictures} pictures, the conditions were given for {self.batch}; "
+                             "they must agree")
+        rows = [self._row(t) for t in as_list(timestep)]
+        if len(rows) not in (1, pictures):
+            raise ShapeError(f"timestep has {len(rows)} entries, needs 1 or one for each of {pictures} pictures")
+        if len(set(rows)) <= 1:
+            times = tuple(t[rows[0] if rows else 0].expand(pictures, -1) for t in self.times)
+        else:
+            index = torch.tensor(rows, device=self.times[0].device)
+            own = torch.arange(pictures, device=index.device)
+            times = tuple(t[index, own if t.shape[1] > 1 else own * 0] for t in self.times)
+        return Step(tuple(t.contiguous() for t in times), self.prompts, self.prompt_bias, self_bias)
+
+    def _row(self, timestep: float) -> int:
+        if timestep not in self.rows:
+            raise LdmfastError(f"timestep {timestep} was not prepared; call prepare() with it "
+                               f"({len(self.rows)} timesteps were)")
+        return self.rows[timestep]
+
+
+def as_list(timestep: Tensor | float | Sequence[float]) -> list[float]:
+    if isinstance(timestep, Tensor):
+        if timestep.ndim > 1:
+            raise ShapeError(f"timestep has shape {tuple(timestep.shape)}, needs () or (pictures,)")
+        return [float(t) for t in timestep.reshape(-1).tolist()]
+    return [float(t) for t in timestep] if isinstance(timestep, Sequence) else [float(timestep)]
+
+
+def number_slots(model: nn.Module) -> None:
+    """Gives ResNet blocks and cross-attentions their place in the state; done once, when a UNet is built."""
+    resnets = (m for m in model.modules() if isinstance(m, ResnetBlock))
+    for slot, resnet in enumerate(resnets):
+        resnet.slot = slot
+    crossing = (m for m in model.modules() if isinstance(m, Attention) and m.context_dim is not None)
+    for slot, attention in enumerate(crossing):
+        attention.slot = slot
+
+
+def project_times(model: nn.Module, embedding: Tensor) -> tuple[Tensor, ...]:
+    """Activated time embedding (timesteps, pictures or 1, D) -> one (timesteps, pictures or 1, C) a ResNet block."""
+    rows = embedding.flatten(0, 1)
+    return tuple(rows_linear(rows, m.time_emb_proj).unflatten(0, embedding.shape[:2])
+                 for m in model.modules() if isinstance(m, ResnetBlock))
+
+
+def project_prompt(model: nn.Module, prompt: Tensor) -> tuple[KeysValues, ...]:
+    """Prompt (N, T, C) -> keys and values of every cross-attention."""
+    return tuple(m.keys_values(prompt[:, m.context]) for m in model.modules()
+                 if isinstance(m, Attention) and m.context_dim is not None)
+
+
+def mask_bias(name: str, mask: Tensor | None, pictures: int, dtype: torch.dtype) -> Tensor | None:
+    """Mask (N, keys), 1 keep and 0 discard -> (N, 1, 1, keys): 0 or -10000, as diffusers does."""
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape[0] != pictures:
+        raise ShapeError(f"{name} has shape {tuple(mask.shape)}, needs ({pictures}, keys) with 1 for keep")
+    return ((1 - mask.to(dtype)) * -10000.0)[:, None, None]
