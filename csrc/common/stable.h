@@ -1,0 +1,122 @@
+// The only file that includes torch/csrc/stable: tensors, boxing and registration under the LibTorch stable ABI.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "isa.h"
+
+#if TORCH_TARGET_VERSION != 0x020a000000000000
+#error "compile with -DTORCH_TARGET_VERSION=0x020a000000000000: one library must serve every torch from 2.10 on"
+#endif
+
+namespace ldmfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// What a registered function may take and give. float and int compile but arrive as garbage, because a boxed value
+// is copied as 64 bits of a double or an int64.
+template <class T>
+constexpr bool is_boxable = std::is_same_v<T, Tensor> || std::is_same_v<T, OptionalTensor> ||
+                            std::is_same_v<T, std::vector<Tensor>> || std::is_same_v<T, double> ||
+                            std::is_same_v<T, int64_t> || std::is_same_v<T, bool> ||
+                            std::is_same_v<T, std::optional<double>> || std::is_same_v<T, std::optional<int64_t>>;
+
+template <class>
+struct Signature;
+template <class R, class... A>
+struct Signature<R(A...)> {
+  static constexpr bool boxable = is_boxable<R> && (is_boxable<std::decay_t<A>> && ...);
+};
+
+template <auto fn>
+struct Box {
+  using Function = std::remove_pointer_t<decltype(fn)>;
+  static_assert(Signature<Function>::boxable,
+                "an op takes and returns Tensor, optional Tensor, list of Tensor, double, int64_t or bool only: "
+                "float and int would receive garbage under the stable ABI");
+  static void call(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+    torch::stable::detail::boxer<Function, fn>::boxed_fn(stack, inputs, outputs);
+  }
+};
+#define LDMFAST_BOX(fn) (&::ldmfast::Box<fn>::call)
+
+// For what Python has already ruled out. Below torch 2.13 the text is lost on the way.
+#define LDMFAST_CHECK(...) STD_TORCH_CHECK(__VA_ARGS__)
+
+using Sizes = std::vector<int64_t>;
+
+inline Sizes sizes_of(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
+inline Sizes strides_of(const Tensor& t) { return Sizes(t.strides().begin(), t.strides().end()); }
+
+// New memory on t's device; the plain shim call boxes nothing, so it is cheaper than torch::stable::empty.
+inline Tensor empty_strided(const Tensor& t, const Sizes& sizes, const Sizes& strides) {
+  int32_t dtype, device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+}  // namespace ldmfast
+
+// LDMFAST_CPU_KERNEL(op) at the bottom of csrc/cpu/<op>.cpp, outside any namespace. The file is compiled once per
+// level with LDMFAST_LEVEL set to its name, and must define LDMFAST_LEVEL_NAMESPACE::op. The object of the lowest
+// level also registers: it alone runs code at load time, before anyone knows what the CPU can do. The linker gets
+// the levels in ascending order, so of an inline function that several emit it keeps the one every CPU can run.
+#ifdef LDMFAST_LEVEL
+#define LDMFAST_LEVEL_NAMESPACE ldmfast::LDMFAST_LEVEL
+#define LDMFAST_BOXED_(op)                                                              \
+  namespace LDMFAST_LEVEL_NAMESPACE {                                                   \
+  void boxed_##op(StableIValue* stack, uint64_t inputs, uint64_t outputs) {             \
+    LDMFAST_BOX(&op)(stack, inputs, outputs);                                           \
+  }                                                                                     \
+  }
+#define LDMFAST_DECLARE_(op, level)                     \
+  namespace ldmfast::level {                            \
+  void boxed_##op(StableIValue*, uint64_t, uint64_t);   \
+  }
+#define LDMFAST_SELECT_(op, level) \
+  if (::ldmfast::isa::chosen() == ::ldmfast::isa::Level::level) m.impl(#op, &::ldmfast::level::boxed_##op);
+#ifdef LDMFAST_REGISTERS
+#define LDMFAST_CPU_KERNEL(op)                  \
+  LDMFAST_BOXED_(op)                            \
+  LDMFAST_EACH_LEVEL(LDMFAST_DECLARE_, op)      \
+  STABLE_TORCH_LIBRARY_IMPL(ldmfast, CPU, m) {  \
+    LDMFAST_EACH_LEVEL(LDMFAST_SELECT_, op)     \
+  }
+#else
+#define LDMFAST_CPU_KERNEL(op) LDMFAST_BOXED_(op)
+#endif
+#endif
+
+// LDMFAST_CUDA_KERNEL(op) at the bottom of csrc/cuda/<op>.cu.
+#define LDMFAST_CUDA_KERNEL(op) \
+  STABLE_TORCH_LIBRARY_IMPL(ldmfast, CUDA, m) { m.impl(#op, LDMFAST_BOX(&::ldmfast::cuda::op)); }
+
+#ifdef USE_CUDA
+namespace ldmfast::cuda {
+// The stream torch works on for this tensor's device. Hold a DeviceGuard while launching on it.
+inline void* current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return stream;
+}
+using DeviceGuard = torch::stable::accelerator::DeviceGuard;
+}  // namespace ldmfast::cuda
+#endif
