@@ -3,10 +3,10 @@
     parts = checkpoints.open_folder("path/to/diffusers-folder", variant="fp16")
     parts = checkpoints.open_single_file("model.safetensors")     # CompVis / ComfyUI layout
 
-Both return a ``Parts``: ``.index`` is model_index.json's dictionary, ``.names`` the parts, ``.config(part)`` a
-part's configuration dictionary, ``.weights(part, dtype, device)`` its tensors under diffusers' (or transformers')
-names, ready for ``Model.from_weights(config, weights)``; ``.folder(part)`` is where a tokenizer is loaded from,
-None in a single file.
+Both return a ``Parts``: ``.index`` is model_index.json's dictionary, ``.names`` the parts, ``.config(part)``
+a part's configuration dictionary, ``.weights(part, dtype, device)`` its tensors under diffusers' (or
+transformers') names, ready for ``Model.from_weights(config, weights)``; ``.folder(part)`` is where a
+tokenizer is loaded from, None in a single file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 
 from .folder import Folder
 from .parts import Parts
+from .single_file import SingleFile
 
 
 def open_folder(path: str | os.PathLike[str], variant: str | None = None) -> Folder:
@@ -22,4 +23,10 @@ def open_folder(path: str | os.PathLike[str], variant: str | None = None) -> Fol
     return Folder(path, variant)
 
 
-__all__ = ["Folder", "Parts", "open_folder"]
+def open_single_file(path: str | os.PathLike[str], prediction_type: str | None = None) -> SingleFile:
+    """Opens a file in CompVis layout; only its header is read. prediction_type: "epsilon" or "v_prediction",
+    where the file does not say (infer.prediction_type has the rule). Raises CheckpointError."""
+    return SingleFile(path, prediction_type)
+
+
+__all__ = ["Folder", "Parts", "SingleFile", "open_folder", "open_single_file"]

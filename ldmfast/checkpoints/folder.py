@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from .parts import Parts, read_json, read_tensors, rename_old
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _ENDINGS = ("safetensors", "bin", "ckpt", "pt")
 _CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
-_WEIGHTLESS = ("tokenizer", "scheduler", "feature_extractor", "image_processor")
 
 
 class Folder(Parts):
@@ -25,7 +25,8 @@ class Folder(Parts):
         self.path = Path(path)
         self.variant = variant
         if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: is not a folder; give a diffusers folder, or open a single file "
+            raise CheckpointError(f"{self.path}: is not a folder; give a diffusers folder, or open a single "
+                                  "file "
                                   "with from_single_file")
         if (self.path / "model_index.json").is_file():
             self.index = read_json(self.path / "model_index.json")
@@ -33,7 +34,8 @@ class Folder(Parts):
             name = read_json(self.path / "config.json").get("_class_name")
             self.index = {"_class_name": None, "model": ["diffusers", name]}
         else:
-            raise CheckpointError(f"{self.path}: has no model_index.json; give the folder that save_pretrained wrote")
+            raise CheckpointError(f"{self.path}: has no model_index.json; give the folder that "
+                                  "save_pretrained wrote")
         if variant is not None:
             self._check_variant(variant)
 
@@ -42,7 +44,8 @@ class Folder(Parts):
         if self.index["_class_name"] is None and part == "model":
             return self.path
         if Path(part).name != part or not (self.path / part).is_dir():
-            raise CheckpointError(f"{self.path}: model_index.json names {part!r}, the folder {part}/ is missing")
+            raise CheckpointError(f"{self.path}: model_index.json names {part!r}, the folder {part}/ is "
+                                  "missing")
         return self.path / part
 
     def config(self, part: str) -> dict[str, Any]:
@@ -55,14 +58,22 @@ class Folder(Parts):
     def weights(self, part: str, dtype: torch.dtype | None = None,
                 device: torch.device | str = "cpu") -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for file in self.files(part):
+        for file in self.part_files(part):
             for name, tensor in read_tensors(file, dtype, device):
                 current = rename_old(name)
                 if current is not None:
                     found[current] = tensor
         return found
 
-    def files(self, part: str) -> list[Path]:
+    @property
+    def files(self) -> list[Path]:
+        found: list[Path] = []
+        for part in self.names:
+            with contextlib.suppress(CheckpointError):  # tokenizers and schedulers have none
+                found += self.part_files(part)
+        return found
+
+    def part_files(self, part: str) -> list[Path]:
         """The weight files of a part: one, or its shards. Raises CheckpointError when there are none."""
         folder = self.folder(part)
         for variant in ([self.variant] if self.variant else []) + [None]:
@@ -83,8 +94,6 @@ class Folder(Parts):
             raise CheckpointError(f"{self.path}: has no variant {variant!r}; "
                                   + (f"it has {', '.join(there)}" if there else "leave variant out"))
 
-    def has_weights(self, part: str) -> bool:
-        return not part.startswith(_WEIGHTLESS)
 
 
 def _find(folder: Path, stem: str, ending: str, variant: str | None) -> list[Path]:
@@ -118,7 +127,8 @@ def _variants(folder: Path) -> list[str]:
         words = file.name.split(".")
         if words[0].split("-")[0] in _STEMS:
             middle = words[1:-1]
-            if words[-1] == "json" and len(words) == 5:  # stem.safetensors.index.fp16.json or stem.fp16.....json
+            # stem.safetensors.index.fp16.json or stem.fp16.....json
+            if words[-1] == "json" and len(words) == 5:
                 middle = [w for w in words[1:-1] if w not in ("index", *_ENDINGS)]
             elif words[-1] not in _ENDINGS:
                 continue

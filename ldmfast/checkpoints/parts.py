@@ -43,10 +43,16 @@ class Parts(ABC):
         """The parts that are there: "unet", "vae", "text_encoder", ..."""
         return [k for k, v in self.index.items() if isinstance(v, list) and len(v) == 2 and v[0] is not None]
 
+    @property
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """All weight files of all parts."""
+
     def class_name(self, part: str) -> str:
         """Class of a part, as in model_index.json. Raises CheckpointError for a part that is not there."""
         if part not in self.names:
-            raise CheckpointError(f"{self.path}: has no part {part!r}; it has {', '.join(self.names) or 'none'}")
+            raise CheckpointError(f"{self.path}: has no part {part!r}; it has "
+                                  f"{', '.join(self.names) or 'none'}")
         return self.index[part][1]
 
     @abstractmethod
@@ -67,7 +73,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError, naming the file, when it is missing or not one."""
     try:
         if path.stat().st_size > _MAX_JSON:
-            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, the limit for JSON is {_MAX_JSON}")
+            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, the limit for JSON is "
+                                  f"{_MAX_JSON}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -107,14 +114,16 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None,
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Tensors of a PyTorch file, through torch's weights-only loader alone: nothing in the file is executed."""
+    """Tensors of a PyTorch file, through torch's weights-only loader alone: nothing in the file is
+    executed."""
     zipped = path.open("rb").read(2) == b"PK"
     try:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError,
             IndexError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: torch's weights-only loader refuses it ({reason[:160]}); convert it to "
+        raise CheckpointError(f"{path}: torch's weights-only loader refuses it ({reason[:160]}); convert it "
+                              "to "
                               "safetensors where it was made") from error
     if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
         values = values["state_dict"]

@@ -1,7 +1,8 @@
 """Reads .safetensors files: the header is parsed as a stream and checked before a byte of data is believed.
 
-Layout: 8 bytes little-endian header length, JSON header, data. Rejecting a file costs at most 32 MiB, whatever
-its header claims: the text is read in blocks, an entry may have 64 KiB, the metadata 4 MiB, a file 50,000 tensors.
+Layout: 8 bytes little-endian header length, JSON header, data. Rejecting a file costs at most 32 MiB,
+whatever its header claims: the text is read in blocks, an entry may have 64 KiB, the metadata 4 MiB, a file
+50,000 tensors.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ class Header:
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Reads and checks the header of a .safetensors file; no tensor data is read.
 
-    Raises CheckpointError, one line that names the file, when it is missing, not this format (a renamed pickle,
-    a web page, a Git LFS pointer), truncated, or when names, dtypes, shapes and offsets contradict each other.
+    Raises CheckpointError, one line that names the file, when it is missing, not this format (a renamed
+    pickle, a web page, a Git LFS pointer), truncated, or when names, dtypes, shapes and offsets contradict
+    each other.
     """
     path = Path(path)
     try:
@@ -74,7 +76,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             try:
                 tensors, metadata = _Parser(file, length).header()
             except UnicodeDecodeError as error:
-                raise CheckpointError(f"{path}: header is not UTF-8; the file is damaged, fetch it again") from error
+                raise CheckpointError(f"{path}: header is not UTF-8; the file is damaged") from error
             except (ValueError, RecursionError) as error:
                 raise CheckpointError(f"{path}: header is damaged ({error}); fetch the file again") from error
     except OSError as error:
@@ -88,8 +90,8 @@ def load(path: str | os.PathLike[str] | Header, dtype: torch.dtype | None = None
          ) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, tensor) in file order, or for the given names.
 
-    Tensors that keep their dtype are memory-mapped (copy on write): nothing is read before it is used, and the
-    file must not be overwritten in place meanwhile. dtype: floating tensors are converted, one at a time.
+    Tensors that keep their dtype are memory-mapped (copy on write): nothing is read before it is used, and
+    the file must not be overwritten in place meanwhile. dtype: floating tensors are converted, one at a time.
     Raises CheckpointError as read_header does.
     """
     header = path if isinstance(path, Header) else read_header(path)
@@ -120,7 +122,8 @@ def _tensor(header: Header, entry: Entry, file: BinaryIO, mapped: mmap.mmap | No
 
 
 _OTHER_KINDS = (
-    (b"PK\x03\x04", "a zip archive (a PyTorch pickle?)"), (b"GGUF", "a GGUF file"), (b"\x89HDF", "an HDF5 file"),
+    (b"PK\x03\x04", "a zip archive (a PyTorch pickle?)"), (b"GGUF", "a GGUF file"), (b"\x89HDF", "an HDF5 "
+                                                                                                 "file"),
     (b"version https://git-lfs", "a Git LFS pointer, not the data: run git lfs pull"),
     (b"<!DOCTYPE", "a web page"), (b"<html", "a web page"), (b"<?xml", "a web page"),
 )
@@ -148,7 +151,8 @@ def _header_length(path: Path, file: BinaryIO, size: int) -> int:
         raise CheckpointError(f"{path}: claims a header of {length} bytes, the limit is {MAX_HEADER}; not a "
                               "safetensors file, or damaged")
     if length > size - 8 or length < 2:
-        raise CheckpointError(f"{path}: claims a header of {length} bytes, the file has {size - 8} after the length; "
+        raise CheckpointError(f"{path}: claims a header of {length} bytes, the file has {size - 8} after "
+                              "the length; "
                               "truncated or damaged, fetch it again")
     if start[8:9] != b"{":
         raise CheckpointError(f"{path}: header does not start with '{{'; not a safetensors file, or damaged")
@@ -164,7 +168,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _Parser:
-    """A pull parser for the header: never more than a block and one entry in memory, besides what is returned."""
+    """A pull parser for the header: never more than a block and one entry in memory, besides what is
+    returned."""
 
     def __init__(self, file: BinaryIO, length: int):
         self.file, self.left = file, length
@@ -268,7 +273,8 @@ def _entry(name: str, value: Any) -> Entry:
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             raise ValueError(f"{where} has a shape or offset that is not a whole number >= 0")
     if len(shape) > 16 or len(offsets) != 2:
-        raise ValueError(f"{where} has {len(shape)} dimensions (limit 16) and {len(offsets)} offsets (2 needed)")
+        raise ValueError(f"{where} has {len(shape)} dimensions (limit 16) and {len(offsets)} offsets (2 "
+                         "needed)")
     size = DTYPES[dtype].itemsize
     for n in shape:
         size *= n
@@ -283,12 +289,14 @@ def _check_offsets(path: Path, tensors: dict[str, Entry], size: int) -> None:
     for name in sorted(tensors, key=lambda n: (tensors[n].start, tensors[n].stop)):
         entry = tensors[name]
         if entry.stop > size:
-            raise CheckpointError(f"{path}: tensor {name[:80]!r} ends at byte {entry.stop} of the data, the file has "
+            raise CheckpointError(f"{path}: tensor {name[:80]!r} ends at byte {entry.stop} of the data, the "
+                                  "file has "
                                   f"{size}; truncated, fetch it again")
         if entry.start != end:
             what = "overlaps" if entry.start < end else "leaves a hole after"
             raise CheckpointError(f"{path}: tensor {name[:80]!r} {what} {before[:80]!r}; the file is damaged")
         end, before = entry.stop, name
     if end != size:
-        raise CheckpointError(f"{path}: tensors end at byte {end} of the data, the file has {size}; the file is "
+        raise CheckpointError(f"{path}: tensors end at byte {end} of the data, the file has {size}; the "
+                              "file is "
                               "damaged or another was appended")

@@ -1,4 +1,5 @@
-"""Native networks with diffusers' parameter names: one architecture a file, ``layers`` holds what they share."""
+"""Native networks with diffusers' parameter names: one architecture a file, ``layers`` holds what they
+share."""
 
 from __future__ import annotations
 
@@ -9,17 +10,21 @@ from torch import nn
 
 from ..errors import CheckpointError, PrecisionError
 from .autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Posterior
+from .autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from .base import Config, Model
 from .unet_2d import UNet2D
 from .unet_2d_condition import UNet2DCondition
 from .unet_config import UNet2DConditionConfig, UNet2DConfig
 from .unet_state import UNetState
+from .vq_model import VQModel, VQModelConfig
 
 # diffusers' _class_name -> (config, module)
 REGISTRY: dict[str, tuple[type[Config], type[Model]]] = {
     "UNet2DConditionModel": (UNet2DConditionConfig, UNet2DCondition),
     "UNet2DModel": (UNet2DConfig, UNet2D),
     "AutoencoderKL": (AutoencoderKLConfig, AutoencoderKL),
+    "AutoencoderTiny": (AutoencoderTinyConfig, AutoencoderTiny),
+    "VQModel": (VQModelConfig, VQModel),
 }
 
 
@@ -43,6 +48,8 @@ def from_diffusers(module: nn.Module, dtype: torch.dtype | None = None, precisio
 
 
 __all__ = [
-    "REGISTRY", "AutoencoderKL", "AutoencoderKLConfig", "Config", "Model", "Posterior", "UNet2D",
-    "UNet2DCondition", "UNet2DConditionConfig", "UNet2DConfig", "UNetState", "from_diffusers",
+    "REGISTRY", "AutoencoderKL", "AutoencoderKLConfig", "AutoencoderTiny",
+    "AutoencoderTinyConfig", "Config", "Model", "Posterior", "UNet2D",
+    "UNet2DCondition", "UNet2DConditionConfig", "UNet2DConfig", "UNetState", "VQModel",
+    "VQModelConfig", "from_diffusers",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ShapeError
 from .base import Config, Model
-from .tiling import sliced, tiled
+from .tiling import check_image, run
 from .vae_blocks import Decoder, Encoder, check_blocks
 
 
@@ -56,7 +56,8 @@ class AutoencoderKLConfig(Config):
 
 @dataclass(frozen=True)
 class Posterior:
-    """A Gaussian for each latent: moments (N, 2 C, h, w) hold mean and log variance (Kingma and Welling 2013)."""
+    """A Gaussian for each latent: moments (N, 2 C, h, w) hold mean and log variance (Kingma and Welling
+    2013)."""
 
     moments: Tensor
 
@@ -107,26 +108,24 @@ class AutoencoderKL(Model):
     def decode(self, z: Tensor, *, tile: int | None = None, slice: bool = False) -> Tensor:
         """Latents (N, latent_channels, h, w) -> pictures (N, out_channels, h * f, w * f), about [-1, 1].
 
-        z is already divided by scaling_factor. tile: edge of the tiles in latents (a multiple of 4, at least 16
-        to be useful; diffusers uses 64), for pictures larger than that. slice: one picture at a time.
+        z is already divided by scaling_factor. tile: edge of the tiles in latents (a multiple of 4, at least
+        16 to be useful; diffusers uses 64), for pictures larger than that. slice: one picture at a time.
         Raises ShapeError.
         """
-        _check("latents", z, self.config.latent_channels)
-        return _run(self._decode, z.to(self.dtype), tile, self.config.downscale, slice)
+        check_image("latents", z, self.config.latent_channels)
+        return run(self._decode, z.to(self.dtype), tile, self.config.downscale, slice)
 
     @torch.no_grad()
     def encode(self, x: Tensor, *, tile: int | None = None, slice: bool = False) -> Posterior:
-        """Pictures (N, in_channels, H, W) in [-1, 1] -> Posterior over latents (N, latent_channels, H/f, W/f).
+        """Pictures (N, in_channels, H, W) in [-1, 1] -> Posterior over latents (N, latent_channels, H/f,
+        W/f).
 
         tile is in latents, as in decode. Raises ShapeError, also for H or W that f does not divide.
         """
         f = self.config.downscale
-        _check("pictures", x, self.config.in_channels)
-        if x.shape[2] % f or x.shape[3] % f:
-            raise ShapeError(f"picture is {x.shape[3]}x{x.shape[2]}, width and height must be multiples of {f}; "
-                             "resize or crop it")
+        check_image("pictures", x, self.config.in_channels, f)
         pixels = None if tile is None else tile * f
-        return Posterior(_run(self._encode, x.to(self.dtype), pixels, 1 / f, slice))
+        return Posterior(run(self._encode, x.to(self.dtype), pixels, 1 / f, slice))
 
     def _decode(self, z: Tensor) -> Tensor:
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
@@ -134,15 +133,3 @@ class AutoencoderKL(Model):
     def _encode(self, x: Tensor) -> Tensor:
         h = self.encoder(x)
         return h if self.quant_conv is None else self.quant_conv(h)
-
-
-def _check(name: str, x: Tensor, channels: int) -> None:
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ShapeError(f"{name} have shape {tuple(x.shape)}, need (pictures, {channels}, height, width)")
-
-
-def _run(network, x: Tensor, tile: int | None, scale: float, slice: bool) -> Tensor:
-    def whole(part: Tensor) -> Tensor:
-        return network(part) if tile is None else tiled(network, part, tile, scale)
-
-    return sliced(whole, x) if slice else whole(x)

@@ -1,4 +1,5 @@
-"""What every model shares: a frozen config read from diffusers' config.json, and weights that are only read."""
+"""What every model shares: a frozen config read from diffusers' config.json, and weights that are only
+read."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class Config:
                 continue
             elif not (key.startswith("_") or key in cls.inert or value is None or value is False):
                 raise CheckpointError(f"config key {key!r} = {value!r} is not known to {cls.__name__}: "
-                                      "remove it if it changes nothing, otherwise this model is not supported")
+                                      "remove it if it changes nothing, otherwise this model is not "
+                                      "supported")
         config = cls(**known)
         try:
             config.check()
@@ -87,7 +89,8 @@ class Model(nn.Module):
 
     @classmethod
     def from_config(cls: type[M], config: Config | Mapping[str, Any]) -> M:
-        """Builds the network with torch's initial weights. config: the dataclass, or a config.json dictionary.
+        """Builds the network with torch's initial weights. config: the dataclass, or a config.json
+        dictionary.
 
         Raises CheckpointError for keys or values that are not supported.
         """
@@ -125,12 +128,15 @@ def check_names(model: str, wanted: Mapping[str, torch.Size], given: Mapping[str
     missing = [k for k in wanted if k not in given]
     if missing:
         raise CheckpointError(f"{model}: {len(missing)} of {len(wanted)} tensors are missing, first "
-                              f"{missing[0]!r}; config and weights belong to different models, or a file is absent")
+                              f"{missing[0]!r}; config and weights belong to different models, or a file is "
+                              "absent")
     extra = [k for k in given if k not in wanted]
     if extra:
-        raise CheckpointError(f"{model}: {len(extra)} tensors have no place in the model, first {extra[0]!r}; "
+        raise CheckpointError(f"{model}: {len(extra)} tensors have no place in the model, first "
+                              f"{extra[0]!r}; "
                               "config and weights belong to different models")
     for name, shape in wanted.items():
         if given[name].shape != shape:
-            raise CheckpointError(f"{model}: {name!r} has shape {tuple(given[name].shape)}, the config asks for "
+            raise CheckpointError(f"{model}: {name!r} has shape {tuple(given[name].shape)}, the config asks "
+                                  "for "
                                   f"{tuple(shape)}")

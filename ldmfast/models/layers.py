@@ -1,11 +1,14 @@
-"""Layers that the architectures share. Images are (N, C, H, W) in channels-last memory, tokens (N, T, C) views.
+"""Layers that the architectures share. Images are (N, C, H, W) in channels-last memory, tokens (N, T, C)
+views.
 
-Parameter names are diffusers'. No layer keeps anything between calls: what a step needs comes in as arguments.
+Parameter names are diffusers'. No layer keeps anything between calls: what a step needs comes in as
+arguments.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +16,8 @@ from torch import Tensor, nn
 
 from .. import ops
 
-_ROWS = 16  # rows of one small GEMM: one register tile of oneDNN and MKL, and weights are read once for 16 steps
+# rows of one small GEMM: one register tile of oneDNN and MKL, and weights are read once for 16 steps
+_ROWS = 16
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -56,7 +60,8 @@ def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_s
     return F.pad(torch.cat(waves, dim=-1), (0, dim % 2))
 
 
-ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "mish": F.mish, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "swish": F.silu, "gelu": F.gelu, "mish": F.mish, "relu": F.relu}
 
 
 class TimestepEmbedding(nn.Module):
@@ -153,7 +158,8 @@ class Attention(nn.Module):
     slot = -1  # position of this block's prompt keys and values in a UNet's per-call state
     context: slice = slice(None)  # tokens of the prompt that this block sees
 
-    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int | None = None, bias: bool = False):
+    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int | None = None,
+                 bias: bool = False):
         super().__init__()
         inner = heads * head_dim
         self.heads = heads

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..errors import ShapeError
 
 Network = Callable[[Tensor], Tensor]
-_OVERLAP = 0.25  # of a tile, diffusers' share; linear blending over it hides the tiles' different norm statistics
+# of a tile, diffusers' share; linear blending over it hides the tiles' different norm statistics
+_OVERLAP = 0.25
 
 
 def sliced(network: Network, x: Tensor) -> Tensor:
@@ -60,3 +61,22 @@ def _blend(before: Tensor, after: Tensor, extent: int, dim: int) -> None:
     end = before.narrow(dim, before.shape[dim] - extent, extent)
     start = after.narrow(dim, 0, extent)
     start.copy_(end * (1 - weight) + start * weight)
+
+
+def run(network: Network, x: Tensor, tile: int | None, scale: float, slice: bool) -> Tensor:
+    """network(x), in tiles of ``tile`` pixels of x if given, one picture at a time if ``slice``."""
+
+    def whole(part: Tensor) -> Tensor:
+        return network(part) if tile is None else tiled(network, part, tile, scale)
+
+    return sliced(whole, x) if slice else whole(x)
+
+
+def check_image(name: str, x: Tensor, channels: int, multiple: int = 1) -> None:
+    """Raises ShapeError unless x is (N, channels, H, W) with H and W multiples of ``multiple``."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ShapeError(f"{name} have shape {tuple(x.shape)}, need (pictures, {channels}, height, width)")
+    if x.shape[2] % multiple or x.shape[3] % multiple:
+        raise ShapeError(f"{name} are {x.shape[3]}x{x.shape[2]}, width and height must be multiples of "
+                         f"{multiple}; "
+                         "resize or crop")

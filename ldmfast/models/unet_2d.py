@@ -24,7 +24,8 @@ class UNet2D(UNetTrunk):
     @torch.no_grad()
     def prepare(self, timesteps: Tensor | Sequence[float] | float, *,
                 class_labels: Tensor | None = None) -> UNetState:
-        """Time embeddings of all timesteps of a call. class_labels: (N,) int, or (N, D) for identity classes."""
+        """Time embeddings of all timesteps of a call. class_labels: (N,) int, or (N, D) for identity
+        classes."""
         times = list(dict.fromkeys(_whole(timesteps)))
         emb, label = self.embed_time(times), self.embed_class(class_labels)
         if class_labels is not None and label is None:
@@ -38,8 +39,8 @@ class UNet2D(UNetTrunk):
                 state: UNetState | None = None) -> Tensor:
         """sample (N, in_channels, H, W), any H and W -> (N, out_channels, H, W), channels-last.
 
-        timestep: tensor () or (N,), or a number, of which the fraction is dropped as in diffusers. With ``state``
-        from prepare() no labels are given. Raises ShapeError for sizes that do not fit.
+        timestep: tensor () or (N,), or a number, of which the fraction is dropped as in diffusers. With
+        ``state`` from prepare() no labels are given. Raises ShapeError for sizes that do not fit.
         """
         self.check_sample(sample)
         if not isinstance(timestep, Tensor):

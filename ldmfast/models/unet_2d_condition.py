@@ -31,13 +31,14 @@ class UNet2DCondition(UNetTrunk):
                 raise LdmfastError("config key 'encoder_hid_dim' needs one cross_attention_dim, not a list")
             self.encoder_hid_proj = nn.Linear(config.encoder_hid_dim, config.cross_attention_dim)
         if config.addition_embed_type == "text_time":
-            self.add_embedding = TimestepEmbedding(config.projection_class_embeddings_input_dim,
-                                                   config.plan().time_dim)
+            size = config.projection_class_embeddings_input_dim or 0  # check() has refused None
+            self.add_embedding = TimestepEmbedding(size, config.plan().time_dim)
 
     @torch.no_grad()
-    def prepare(self, timesteps: Tensor | Sequence[float] | float, encoder_hidden_states: Tensor | None = None,
-                *, class_labels: Tensor | None = None, added_cond_kwargs: Mapping[str, Tensor] | None = None,
-                timestep_cond: Tensor | None = None, encoder_attention_mask: Tensor | None = None) -> UNetState:
+    def prepare(self, timesteps: Tensor | Sequence[float] | float,
+                encoder_hidden_states: Tensor | None = None, *, class_labels: Tensor | None = None,
+                added_cond_kwargs: Mapping[str, Tensor] | None = None, timestep_cond: Tensor | None = None,
+                encoder_attention_mask: Tensor | None = None) -> UNetState:
         """Computes what does not depend on the sample, for all timesteps of a call at once.
 
         timesteps: all network times of the call, shared by the pictures. encoder_hidden_states: (N, T, C) prompt.

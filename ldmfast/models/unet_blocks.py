@@ -1,8 +1,10 @@
-"""The blocks of a UNet: ResNet blocks with transformers or self-attention between them, built from a BlockPlan."""
+"""The blocks of a UNet: ResNet blocks with transformers or self-attention between them, built from a
+BlockPlan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +64,8 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer2D(nn.Module):
-    """GroupNorm, projection to tokens, transformer blocks, projection back, residual: (N, C, H, W) in and out."""
+    """GroupNorm, projection to tokens, transformer blocks, projection back, residual: (N, C, H, W) in and
+    out."""
 
     def __init__(self, plan: UNetPlan, block: BlockPlan, depth: int, only_cross: bool, masked: bool = True):
         super().__init__()
@@ -89,7 +92,8 @@ class DualTransformer2D(nn.Module):
 
     def __init__(self, plan: UNetPlan, block: BlockPlan):
         super().__init__()
-        self.transformers = nn.ModuleList(Transformer2D(plan, block, 1, False, masked=False) for _ in range(2))
+        self.transformers = nn.ModuleList(
+            Transformer2D(plan, block, 1, False, masked=False) for _ in range(2))
         for transformer, tokens in zip(self.transformers, (slice(77, 77 + 257), slice(0, 77))):
             for module in transformer.modules():
                 if isinstance(module, Attention) and module.context_dim is not None:
@@ -108,7 +112,8 @@ def _attention(plan: UNetPlan, block: BlockPlan, layer: int, groups: int, only_c
 
 
 class _Block(nn.Module):
-    """ResNet blocks with an attention after each, or without; ``resnets`` and ``attentions`` as in diffusers."""
+    """ResNet blocks with an attention after each, or without; ``resnets`` and ``attentions`` as in
+    diffusers."""
 
     def __init__(self, plan: UNetPlan, block: BlockPlan, inputs: list[int]):
         super().__init__()
@@ -121,6 +126,10 @@ class _Block(nn.Module):
         if block.kind != "plain":
             self.attentions = nn.ModuleList(
                 _attention(plan, block, i, groups, only_cross) for i in range(block.layers))
+
+    def residual(self, i: int, x: Tensor, step: Step) -> Tensor:
+        resnet = cast(ResnetBlock, self.resnets[i])
+        return resnet(x, step.times[resnet.slot])
 
     def attend(self, i: int, x: Tensor, step: Step) -> Tensor:
         if self.kind == "plain":
@@ -138,8 +147,8 @@ class DownBlock(_Block):
     def forward(self, x: Tensor, step: Step, adapter: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Returns the output and the skip tensors. adapter: T2I-Adapter's residual of this level."""
         skips = []
-        for i, resnet in enumerate(self.resnets):
-            x = self.attend(i, resnet(x, step.times[resnet.slot]), step)
+        for i in range(len(self.resnets)):
+            x = self.attend(i, self.residual(i, x, step), step)
             if adapter is not None and self.kind == "cross" and i == len(self.resnets) - 1:
                 x = x + adapter
             skips.append(x)
@@ -158,9 +167,9 @@ class MidBlock(_Block):
         self.add_attentions(plan, block, plan.attention_groups, False)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        x = self.resnets[0](x, step.times[self.resnets[0].slot])
-        for i, resnet in enumerate(list(self.resnets)[1:]):
-            x = resnet(self.attend(i, x, step), step.times[resnet.slot])
+        x = self.residual(0, x, step)
+        for i in range(len(self.resnets) - 1):
+            x = self.residual(i + 1, self.attend(i, x, step), step)
         return x
 
 
@@ -173,9 +182,9 @@ class UpBlock(_Block):
 
     def forward(self, x: Tensor, skips: list[Tensor], step: Step, size: tuple[int, int] | None) -> Tensor:
         """Consumes skips from its end; size: of the next level's skips, None for twice the own."""
-        for i, resnet in enumerate(self.resnets):
+        for i in range(len(self.resnets)):
             x = torch.cat([x, skips.pop()], dim=1)
-            x = self.attend(i, resnet(x, step.times[resnet.slot]), step)
+            x = self.attend(i, self.residual(i, x, step), step)
         for upsample in self.upsamplers:
             x = upsample(x, size)
         return x

@@ -129,11 +129,13 @@ class UNet2DConditionConfig(_UNetConfig):
             raise unsupported("encoder_hid_dim", None, "the size of the text embedding that is projected")
         if self.addition_embed_type == "text_time" and None in (self.addition_time_embed_dim,
                                                                 self.projection_class_embeddings_input_dim):
-            raise CheckpointError("config key 'addition_embed_type' = 'text_time' needs addition_time_embed_dim "
+            raise CheckpointError("config key 'addition_embed_type' = 'text_time' needs "
+                                  "addition_time_embed_dim "
                                   "and projection_class_embeddings_input_dim")
         for block in (*plan.down, *plan.up, *([plan.mid] if plan.mid else [])):
             if block.kind == "cross" and (block.heads < 1 or block.out_channels % block.heads):
-                raise CheckpointError(f"config key 'attention_head_dim' gives {block.heads} heads, which do not "
+                raise CheckpointError(f"config key 'attention_head_dim' gives {block.heads} heads, which do "
+                                      "not "
                                       f"divide the level's {block.out_channels} channels")
 
     def plan(self) -> UNetPlan:
@@ -181,7 +183,8 @@ class UNet2DConditionConfig(_UNetConfig):
 
 @dataclass(frozen=True)
 class UNet2DConfig(_UNetConfig):
-    """config.json of diffusers' UNet2DModel: no prompt. attention_head_dim is the head size; None: one head."""
+    """config.json of diffusers' UNet2DModel: no prompt. attention_head_dim is the head size; None: one
+    head."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -205,7 +208,8 @@ class UNet2DConfig(_UNetConfig):
     def check(self) -> None:
         _check_lists(self)
         if any("Cross" in t for t in (*self.down_block_types, *self.up_block_types)):
-            raise CheckpointError("config of UNet2DModel names cross-attention blocks; use UNet2DConditionModel")
+            raise CheckpointError("config of UNet2DModel names cross-attention blocks; use "
+                                  "UNet2DConditionModel")
         self.plan()
 
     def plan(self) -> UNetPlan:
@@ -217,12 +221,14 @@ class UNet2DConfig(_UNetConfig):
             head_dim=self.attention_head_dim or channels[i]) for i in range(n))
         up = tuple(BlockPlan(
             kind=_kind("up_block_types", self.up_block_types[i], _UP),
-            in_channels=reverse[max(i - 1, 0)], out_channels=reverse[i], layers=layers + 1, resample=i < n - 1,
-            head_dim=self.attention_head_dim or reverse[i], skips=_skips(reverse, i, layers + 1))
+            in_channels=reverse[max(i - 1, 0)], out_channels=reverse[i], layers=layers + 1,
+            resample=i < n - 1, head_dim=self.attention_head_dim or reverse[i],
+            skips=_skips(reverse, i, layers + 1))
             for i in range(n))
         mid = None if self.mid_block_type is None else BlockPlan(
-            kind="attn" if self.add_attention else "plain", in_channels=channels[-1], out_channels=channels[-1],
-            layers=1, resample=False, head_dim=self.attention_head_dim or channels[-1],
+            kind="attn" if self.add_attention else "plain",
+            in_channels=channels[-1], out_channels=channels[-1], layers=1, resample=False,
+            head_dim=self.attention_head_dim or channels[-1],
             scale=self.mid_block_scale_factor)
         time_dim = self.time_embedding_dim or 4 * channels[0]
         return UNetPlan(

@@ -37,7 +37,8 @@ class UNetState:
                              "they must agree")
         rows = [self._row(t) for t in as_list(timestep)]
         if len(rows) not in (1, pictures):
-            raise ShapeError(f"timestep has {len(rows)} entries, needs 1 or one for each of {pictures} pictures")
+            raise ShapeError(f"timestep has {len(rows)} entries, needs 1 or one for each of {pictures} "
+                             "pictures")
         if len(set(rows)) <= 1:
             times = tuple(t[rows[0] if rows else 0].expand(pictures, -1) for t in self.times)
         else:
@@ -72,7 +73,8 @@ def number_slots(model: nn.Module) -> None:
 
 
 def project_times(model: nn.Module, embedding: Tensor) -> tuple[Tensor, ...]:
-    """Activated time embedding (timesteps, pictures or 1, D) -> one (timesteps, pictures or 1, C) a ResNet block."""
+    """Activated time embedding (timesteps, pictures or 1, D) -> one (timesteps, pictures or 1, C) a ResNet
+    block."""
     rows = embedding.flatten(0, 1)
     return tuple(rows_linear(rows, m.time_emb_proj).unflatten(0, embedding.shape[:2])
                  for m in model.modules() if isinstance(m, ResnetBlock))

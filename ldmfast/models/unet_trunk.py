@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class UNetTrunk(Model):
         t = torch.tensor(timesteps, dtype=torch.float64, device=self.device)
         waves = timestep_embedding(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
         x = waves.to(self.dtype)[:, None]
-        if condition is not None:
+        if condition is not None and self.time_embedding.cond_proj is not None:
             x = x + rows_linear(condition.to(self.dtype), self.time_embedding.cond_proj)
         return self.time_embedding(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
@@ -67,11 +68,12 @@ class UNetTrunk(Model):
                                         c.freq_shift)
         if c.class_embed_type is None:
             if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < c.num_class_embeds:
-                raise ShapeError(f"class_labels reach {int(labels.min())}..{int(labels.max())}, the model has "
+                raise ShapeError(f"class_labels reach {int(labels.min())}..{int(labels.max())}, the model "
+                                 "has "
                                  f"classes 0..{c.num_class_embeds - 1}")
             return self.class_embedding(labels.reshape(-1))
         if c.class_embed_type == "simple_projection":
-            return rows_linear(labels.to(self.dtype), self.class_embedding)
+            return rows_linear(labels.to(self.dtype), cast(nn.Linear, self.class_embedding))
         return self.class_embedding(labels.to(self.dtype))
 
     def check_sample(self, sample: Tensor) -> None:
@@ -81,8 +83,8 @@ class UNetTrunk(Model):
 
     def run(self, sample: Tensor, step: Step, controls: Sequence[Tensor] | None = None,
             mid_control: Tensor | None = None, adapters: Sequence[Tensor] | None = None) -> Tensor:
-        """(N, in, H, W) -> (N, out, H, W), any H and W. controls, mid_control: ControlNet's residuals of every
-        skip and of the middle; adapters: T2I-Adapter's residuals of the levels.
+        """(N, in, H, W) -> (N, out, H, W), any H and W. controls, mid_control: ControlNet's residuals of
+        every skip and of the middle; adapters: T2I-Adapter's residuals of the levels.
         """
         waiting = list(adapters or ())
         x = channels_last(sample.to(self.dtype))
@@ -102,7 +104,7 @@ class UNetTrunk(Model):
             _same_shapes("mid_block_additional_residual", [x], [mid_control])
             x = x + mid_control.to(x)
         for up in self.up_blocks:
-            below = len(skips) - len(up.resnets)
+            below = len(skips) - len(cast(UpBlock, up).resnets)
             x = up(x, skips, step, tuple(skips[below - 1].shape[2:]) if below > 0 else None)
         return self.conv_out(self.conv_norm_out(x))
 
@@ -110,5 +112,5 @@ class UNetTrunk(Model):
 def _same_shapes(name: str, own: Sequence[Tensor], given: Sequence[Tensor]) -> None:
     if [tuple(x.shape) for x in own] != [tuple(x.shape) for x in given]:
         pairs = [(tuple(a.shape), tuple(b.shape)) for a, b in zip(own, given) if a.shape != b.shape]
-        detail = f"shape {pairs[0][1]} where {pairs[0][0]} is needed" if pairs else "another number of tensors"
+        detail = f"shape {pairs[0][1]} where {pairs[0][0]} is needed" if pairs else "the number differs"
         raise ShapeError(f"{name}: {len(given)} tensors for {len(own)} places, {detail}")

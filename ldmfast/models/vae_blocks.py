@@ -27,7 +27,8 @@ def check_blocks(config) -> None:
     for key, kinds in (("down_block_types", _DOWN), ("up_block_types", _UP)):
         types = getattr(config, key)
         if len(types) != levels:
-            raise CheckpointError(f"config key {key!r} has {len(types)} entries, block_out_channels has {levels}; "
+            raise CheckpointError(f"config key {key!r} has {len(types)} entries, block_out_channels has "
+                                  f"{levels}; "
                                   "they must agree")
         for name in types:
             if name not in kinds:
@@ -102,11 +103,12 @@ class Encoder(nn.Module):
 
     def __init__(self, config, out_channels: int):
         super().__init__()
-        channels, groups, n = config.block_out_channels, config.norm_num_groups, len(config.block_out_channels)
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        n = len(channels)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level([channels[max(i - 1, 0)]] + [channels[i]] * (config.layers_per_block - 1), channels[i], groups,
-                  _DOWN[config.down_block_types[i]], down=i < n - 1) for i in range(n))
+            Level([channels[max(i - 1, 0)]] + [channels[i]] * (config.layers_per_block - 1), channels[i],
+                  groups, _DOWN[config.down_block_types[i]], down=i < n - 1) for i in range(n))
         self.mid_block = Middle(channels[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = GroupNorm(groups, channels[-1], _EPS)
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
@@ -119,7 +121,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent (N, in, h, w) -> picture (N, out, h * 2^(levels - 1), ...). latent_channels: for spatial norms."""
+    """Latent (N, in, h, w) -> picture (N, out, h * 2^(levels - 1), ...). latent_channels: for spatial
+    norms."""
 
     def __init__(self, config, in_channels: int, latent_channels: int | None = None):
         super().__init__()

@@ -1,0 +1,176 @@
+"""A whole pipeline in one file (CompVis / ComfyUI layout): parts and configs are inferred, no network is
+used."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from . import infer, ldm, safetensors
+from .parts import Parts, read_pickle
+
+_UNET_MARK, _VAE_MARK = "input_blocks.0.0.weight", "decoder.conv_in.weight"
+_CLIP_MARK, _OPEN_CLIP_MARK = "embeddings.token_embedding.weight", "token_embedding.weight"
+
+
+@dataclass(frozen=True)
+class _Part:
+    kind: str
+    prefix: str
+    config: dict[str, Any]
+    sources: dict[str, ldm.Renamed]  # name in the file -> names in the part
+
+
+class SingleFile(Parts):
+    """SD 1, SD 2, SDXL or its refiner in one .safetensors (or .ckpt, through torch's weights-only loader)."""
+
+    def __init__(self, path: str | os.PathLike[str], prediction_type: str | None = None):
+        self.path = Path(path)
+        self._header, self._tensors = _open(self.path)
+        metadata = {} if self._header is None else self._header.metadata
+        if self._header is not None:
+            self._shapes = {k: e.shape for k, e in self._header.tensors.items()}
+        else:
+            self._shapes = {k: tuple(t.shape) for k, t in self._tensors.items()}
+        try:
+            self._parts = self._find_parts()
+            self._configs = self._other_configs(prediction_type, metadata)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        self.index = self._make_index()
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.path]
+
+    def config(self, part: str) -> dict[str, Any]:
+        self.class_name(part)
+        return dict(self._parts[part].config if part in self._parts else self._configs[part])
+
+    def weights(self, part: str, dtype: torch.dtype | None = None,
+                device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        self.class_name(part)
+        if part not in self._parts:
+            raise CheckpointError(f"{self.path}: part {part!r} has no weights")
+        sources = self._parts[part].sources
+        found: dict[str, Tensor] = {}
+        if self._header is not None:
+            for name, tensor in safetensors.load(self._header, dtype, device, list(sources)):
+                found.update(sources[name].apply(tensor))
+        else:
+            for name, renamed in sources.items():
+                tensor = self._tensors[name]
+                found.update(renamed.apply(tensor.to(device, dtype if tensor.is_floating_point() else None)))
+        return found
+
+    def _behind(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        return {k[len(prefix):]: v for k, v in self._shapes.items() if k.startswith(prefix)}
+
+    def _sources(self, kind: str, prefix: str, numbers: ldm.Numbers) -> dict[str, ldm.Renamed]:
+        renamed = {k: ldm.rename(kind, k[len(prefix):], numbers)
+                   for k in self._shapes if k.startswith(prefix)}
+        return {k: r for k, r in renamed.items() if r is not None}
+
+    def _find_parts(self) -> dict[str, _Part]:
+        parts: dict[str, _Part] = {}
+        for prefix, part in ldm.CLIP_PREFIXES:
+            if any(prefix + more + _CLIP_MARK in self._shapes for more in ("", "text_model.")):
+                parts[part] = self._text("clip", prefix)
+        for prefix, part in ldm.OPEN_CLIP_PREFIXES:
+            if prefix + _OPEN_CLIP_MARK in self._shapes:
+                parts[part] = self._text("open_clip", prefix)
+        unet = next((p for p in ldm.UNET_PREFIXES if p + _UNET_MARK in self._shapes), None)
+        vae = next((p for p in ldm.VAE_PREFIXES if p + _VAE_MARK in self._shapes), None)
+        xl = False
+        if unet is not None:
+            second = parts.get("text_encoder_2")
+            pooled = second.config["projection_dim"] if second else None
+            config = infer.unet_config(self._behind(unet), pooled)
+            xl = config.get("addition_embed_type") == "text_time"
+            numbers = ldm.Numbers(layers_per_block=config["layers_per_block"], label=infer.label_part(config))
+            parts["unet"] = _Part("unet", unet, config, self._sources("unet", unet, numbers))
+        if vae is not None:
+            config = infer.vae_config(self._behind(vae), xl)
+            numbers = ldm.Numbers(vae_levels=len(config["block_out_channels"]))
+            parts["vae"] = _Part("vae", vae, config, self._sources("vae", vae, numbers))
+        if not parts:
+            some = ", ".join(map(repr, list(self._shapes)[:2])) or "none"
+            raise CheckpointError(f"holds no part of SD 1, SD 2 or SDXL in the CompVis layout (its tensors: "
+                                  f"{some}, ...);"
+                                  " a diffusers model is opened by its folder")
+        return parts
+
+    def _text(self, kind: str, prefix: str) -> _Part:
+        sources = self._sources(kind, prefix, ldm.Numbers())
+        projected = any("text_projection.weight" in r.names for r in sources.values())
+        if kind == "open_clip" and prefix.startswith("cond_stage_model.") and projected:
+            # SD 2 conditions on the last layer but one, its folder holds neither the last nor the projection;
+            # a file
+            # made from such a folder lacks both already
+            last = max(infer._indices({n: () for r in sources.values() for n in r.names},
+                                      r"text_model\.encoder\.layers\.(\d+)\."), default=-1)
+            drop = (f"text_model.encoder.layers.{last}.", "text_projection.")
+            sources = {k: r for k, r in sources.items() if not r.names[0].startswith(drop)}
+            projected = False
+        shapes = {n: self._new_shape(k, r) for k, r in sources.items() for n in r.names}
+        config = infer.clip_config(shapes, projected and kind == "open_clip",
+                                   "quick_gelu" if kind == "clip" else "gelu")
+        if kind == "clip":
+            sources = {k: r for k, r in sources.items() if not r.names[0].startswith("text_projection.")}
+        return _Part(kind, prefix, config, sources)
+
+    def _new_shape(self, name: str, renamed: ldm.Renamed) -> tuple[int, ...]:
+        shape = self._shapes[name]
+        if renamed.change == "split":
+            return (shape[0] // 3, *shape[1:])
+        return shape[::-1] if renamed.change == "transpose" else shape
+
+    def _other_configs(self, prediction: str | None, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
+        configs: dict[str, dict[str, Any]] = {}
+        if "unet" in self._parts:
+            unet = self._parts["unet"].config
+            kind = infer.prediction_type(unet, metadata, self._shapes, prediction)
+            if kind == "v_prediction" and unet["sample_size"] == 64:
+                unet["sample_size"] = 96
+            configs["scheduler"] = infer.scheduler_config("addition_embed_type" in unet, kind,
+                                                          "ztsnr" in self._shapes)
+        for part, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+            if part in self._parts:
+                open_clip = self._parts[part].kind == "open_clip"
+                configs[tokenizer] = {
+                    "model_max_length": self._parts[part].config["max_position_embeddings"],
+                    "pad_token": "!" if open_clip else "<|endoftext|>"}  # "!" is id 0, open_clip's padding
+        return configs
+
+    def _make_index(self) -> dict[str, Any]:
+        unet = self._parts["unet"].config if "unet" in self._parts else {}
+        xl = "text_encoder_2" in self._parts or "addition_embed_type" in unet
+        channels = unet.get("in_channels", 4)
+        kind = {9: "Inpaint", 8: "InstructPix2Pix"}.get(channels, "")
+        name = f"StableDiffusion{'XL' if xl else ''}{kind}Pipeline"
+        index: dict[str, Any] = {"_class_name": name if "unet" in self._parts else None}
+        for part, found in self._parts.items():
+            cls = found.config.get("_class_name") or found.config["architectures"][0]
+            index[part] = ["diffusers" if "_class_name" in found.config else "transformers", cls]
+        for part, config in self._configs.items():
+            library, cls = (("diffusers", config["_class_name"]) if part == "scheduler"
+                            else ("transformers", "CLIPTokenizer"))
+            index[part] = [library, cls]
+        return index
+
+
+def _open(path: Path) -> tuple[safetensors.Header | None, dict[str, Tensor]]:
+    try:
+        with path.open("rb") as file:
+            kind = safetensors.other_kind(file.read(32))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if path.suffix == ".safetensors" or kind is None or "pickle" not in kind:
+        return safetensors.read_header(path), {}
+    return None, read_pickle(path)
