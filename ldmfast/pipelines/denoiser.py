@@ -38,7 +38,9 @@ def _stack(branches: Sequence[Conditions]) -> dict[str, Any]:
         values = [getattr(b, name) for b in branches]
         return None if values[0] is None else torch.cat(values)
 
-    kwargs: dict[str, Any] = {"encoder_hidden_states": join("states")}
+    kwargs: dict[str, Any] = {}
+    if branches[0].states is not None:
+        kwargs["encoder_hidden_states"] = join("states")
     if branches[0].time_ids is not None:
         kwargs["added_cond_kwargs"] = {"text_embeds": join("pooled"), "time_ids": join("time_ids")}
     if branches[0].class_labels is not None:

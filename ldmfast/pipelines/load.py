@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 
 from ..checkpoints import Parts
-from ..errors import CheckpointError, DeviceError, LdmfastError, PrecisionError
+from ..errors import CheckpointError, DeviceError, PrecisionError
 from ..models import REGISTRY
+from ..models.base import check_names
 from ..samplers import Schedule
 from .text import TextEncoder
 
@@ -78,31 +78,16 @@ def resolve_precision(
 
 def _model(parts: Parts, part: str, dtype: torch.dtype, device: torch.device) -> Any:
     config = parts.config(part)
-    name = config.get("_class_name")
+    name = config.get("_class_name") or parts.class_name(part)
     if name not in REGISTRY:
         raise CheckpointError(f"{parts.path}: part {part!r} is a {name}, which is not supported; "
                               f"supported: {', '.join(sorted(REGISTRY))}")
-    _, module = REGISTRY[name]
-    with torch.device("meta"):
-        model = module.from_config(config)
-    expected = {k: v.shape for k, v in model.state_dict().items()}
-    weights = dict(parts.weights(part, dtype))
-    _check_keys(parts, part, expected, weights)
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model.to(device).eval().requires_grad_(False)
-
-
-def _check_keys(parts: Parts, part: str, expected: dict[str, torch.Size], weights: dict[str, torch.Tensor]) -> None:
-    missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or surplus:
-        kind, names = ("lacks", missing) if missing else ("has unknown", surplus)
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise CheckpointError(f"{parts.path}: part {part!r} {kind} weight {names[0]!r}{more}; "
-                              "its config and its weights do not belong together")
-    for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise CheckpointError(f"{parts.path}: part {part!r}, weight {name!r} has shape {tuple(weights[name].shape)} "
-                                  f"where its config needs {tuple(shape)}")
+    try:
+        model = REGISTRY[name][1].from_weights(config, parts.weights(part, dtype, device))
+    except CheckpointError as error:
+        where = "" if str(parts.path) in str(error) else f"{parts.path}: part {part!r}: "
+        raise CheckpointError(f"{where}{error}") from error
+    return model.eval()
 
 
 def _tokenizer(parts: Parts, part: str) -> Any:
@@ -132,9 +117,9 @@ def _text_encoder(parts: Parts, part: str, dtype: torch.dtype, device: torch.dev
     cls = getattr(transformers, name)
     with torch.device("meta"):
         model = cls(settings)
-    weights = {k: v for k, v in dict(parts.weights(part, dtype)).items() if not k.endswith("position_ids")}
-    weights = _as_installed(weights, set(model.state_dict()))
-    _check_keys(parts, part, {k: v.shape for k, v in model.state_dict().items()}, weights)
+    wanted = {k: v.shape for k, v in model.state_dict().items()}
+    weights = _as_installed(parts.weights(part, dtype, device), set(wanted))
+    check_names(f"{parts.path}: part {part!r}", wanted, weights)
     model.load_state_dict(weights, strict=True, assign=True)
     embeddings = getattr(model, "text_model", model).embeddings
     positions = torch.arange(settings.max_position_embeddings).expand(1, -1)
@@ -150,8 +135,9 @@ def _as_installed(weights: dict[str, torch.Tensor], wanted: set[str]) -> dict[st
     return {k.removeprefix(prefix): v for k, v in weights.items()}
 
 
-def fingerprint(files: Iterable[Path]) -> str:
+def fingerprint(path: Path) -> str:
     """Sixteen hex digits over names, sizes and both ends of the weight files: cheap, and enough to tell models apart."""
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin")]
     digest = hashlib.sha256()
     for file in sorted(files):
         size = file.stat().st_size
@@ -195,15 +181,8 @@ def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device)
             raise CheckpointError(f"{parts.path}: has part 'text_encoder{suffix}' but no 'tokenizer{suffix}'")
         encoders.append(TextEncoder(_tokenizer(parts, f"tokenizer{suffix}"),
                                     _text_encoder(parts, f"text_encoder{suffix}", dtype, device), two))
-    try:
-        unet = _model(parts, "unet", dtype, device)
-        vae_config = parts.config(vae_part)
-        upcast = dtype == torch.float16 and vae_config.get("force_upcast", False)
-        vae = _model(parts, vae_part, torch.float32 if upcast else dtype, device)
-    except LdmfastError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{parts.path}: its config does not describe a network "
-                              f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    unet = _model(parts, "unet", dtype, device)
+    upcast = dtype == torch.float16 and parts.config(vae_part).get("force_upcast", False)
+    vae = _model(parts, vae_part, torch.float32 if upcast else dtype, device)
     return Components(unet, vae, tuple(encoders), schedule, scheduler_config, parts.index, _defaults(parts),
-                      fingerprint(parts.files))
+                      fingerprint(parts.path))

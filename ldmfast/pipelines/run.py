@@ -31,7 +31,7 @@ class Call:
     def __init__(self, pipe: Pipeline, request: Request) -> None:
         self._pipe = pipe
         self._interrupt = False
-        self.num_timesteps = len(request.table.timesteps)
+        self.num_timesteps = request.table.num_steps
         self.guidance_scale = request.guidance_scale
 
     def cancel(self) -> None:
@@ -138,7 +138,7 @@ def _start(pipe: Pipeline, request: Request) -> tuple[torch.Tensor, Blend | None
     if source is None or (request.mode == "inpaint" and request.strength == 1):
         x = noise * table.init_noise_sigma
     else:
-        x = table.noised(source, noise, 0)
+        x = table.add_noise(source, noise, 0)
     if request.mode != "inpaint" or pixels is None:
         return x, None, None
     mask = repeat_to(prepare_mask(request.mask_image, request.height, request.width), n, "masks")
@@ -156,8 +156,8 @@ def _blend(request: Request, mask: torch.Tensor, source: torch.Tensor | None, no
 
     def blend(step: int, x: torch.Tensor) -> torch.Tensor:
         assert source is not None
-        last = step + 1 >= len(table.timesteps)
-        known = source if last else table.noised(source, noise, step + 1)
+        last = step + 1 >= table.num_steps
+        known = source if last else table.add_noise(source, noise, step + 1)
         return torch.where(mask.bool(), x, known.to(x.dtype))
 
     return blend
@@ -176,12 +176,14 @@ def _sample(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tenso
             bar.update()
             if request.callback is not None:
                 latents = _user_callback(request, call, step, t, latents)
-            if call.interrupt and step + 1 < call.num_timesteps:
-                raise StopSampling(latents)
             return latents
 
-        out = sample(denoiser, x, pipe.schedule, table=request.table, generator=request.random.argument,
-                     callback=on_step)
+        def unless_cancelled(x_in: torch.Tensor, t: float, stage: int) -> Any:
+            if call.interrupt:
+                raise StopSampling
+            return denoiser(x_in, t, stage)
+
+        out = sample(unless_cancelled, x, table=request.table, generator=request.random.argument, callback=on_step)
     return out, call.interrupt
 
 
@@ -201,7 +203,7 @@ def _user_callback(request: Request, call: Call, step: int, t: float, latents: t
 
 def _explain(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor, blend: Blend | None) -> None:
     """Run the call again from the same random state, looking at every step, and raise what was found."""
-    steps = len(request.table.timesteps)
+    steps = request.table.num_steps
     done = 0
 
     def on_step(step: int, t: float, latents: torch.Tensor) -> torch.Tensor:
@@ -216,7 +218,7 @@ def _explain(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tens
         return latents
 
     with NanFinder(pipe.unet) as finder:
-        sample(denoiser, x, pipe.schedule, table=request.table, generator=request.random.argument, callback=on_step)
+        sample(denoiser, x, table=request.table, generator=request.random.argument, callback=on_step)
     raise not_finite(f"after step {done} of {steps}", finder.found, pipe.precision)
 
 
