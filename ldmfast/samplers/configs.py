@@ -23,7 +23,8 @@ _ZERO_SNR = {"rescale_betas_zero_snr": False}
 _SCHEDULED = {"solver_order": 2, "lower_order_final": True}
 
 CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
-    "DDPMScheduler": {**_BETAS, **_CLIP, **_THRESHOLD, **_LEADING, **_ZERO_SNR, "variance_type": "fixed_small"},
+    "DDPMScheduler": {**_BETAS, **_CLIP, **_THRESHOLD, **_LEADING, **_ZERO_SNR,
+                      "variance_type": "fixed_small"},
     "DDIMScheduler": {**_BETAS, **_CLIP, **_THRESHOLD, **_LEADING, **_ZERO_SNR, "set_alpha_to_one": True},
     "EulerDiscreteScheduler": {
         **_BETAS, **_RESPACE, **_LINSPACE, **_ZERO_SNR, "interpolation_type": "linear", "sigma_min": None,
@@ -40,7 +41,8 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
         "use_lu_lambdas": False, "final_sigmas_type": "zero", "lambda_min_clipped": -math.inf,
         "variance_type": None},
     "UniPCMultistepScheduler": {
-        **_BETAS, **_THRESHOLD, **_RESPACE, **_FLOW, **_LINSPACE, **_ZERO_SNR, **_SCHEDULED, "predict_x0": True,
+        **_BETAS, **_THRESHOLD, **_RESPACE, **_FLOW, **_LINSPACE, **_ZERO_SNR, **_SCHEDULED,
+        "predict_x0": True,
         "solver_type": "bh2", "disable_corrector": [], "solver_p": None, "final_sigmas_type": "zero",
         "sigma_min": None, "sigma_max": None, "shift_terminal": None},
     "DEISMultistepScheduler": {
@@ -48,9 +50,11 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
         "solver_type": "logrho"},
     "LCMScheduler": {
         **_K_BETAS, **_CLIP, **_THRESHOLD, **_LEADING, **_ZERO_SNR, "beta_schedule": "scaled_linear",
-        "clip_sample": False, "original_inference_steps": 50, "set_alpha_to_one": True, "timestep_scaling": 10.0},
+        "clip_sample": False, "original_inference_steps": 50, "set_alpha_to_one": True,
+        "timestep_scaling": 10.0},
     "FlowMatchEulerDiscreteScheduler": {
-        **_RESPACE, "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5,
+        **_RESPACE, "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
+        "base_shift": 0.5,
         "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096, "invert_sigmas": False,
         "shift_terminal": None, "time_shift_type": "exponential", "stochastic_sampling": False},
     "FlowMatchHeunDiscreteScheduler": {"num_train_timesteps": 1000, "shift": 1.0},
@@ -61,11 +65,13 @@ ALIASES = {"DDIMParallelScheduler": "DDIMScheduler", "DDPMParallelScheduler": "D
 
 CLASS_TO_SOLVER = {
     "DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_a", "HeunDiscreteScheduler": "heun", "LMSDiscreteScheduler": "lms",
+    "EulerAncestralDiscreteScheduler": "euler_a", "HeunDiscreteScheduler": "heun",
+    "LMSDiscreteScheduler": "lms",
     "KDPM2DiscreteScheduler": "dpm2", "KDPM2AncestralDiscreteScheduler": "dpm2_a", "PNDMScheduler": "pndm",
     "DPMSolverMultistepScheduler": "dpmpp_2m", "UniPCMultistepScheduler": "unipc",
     "DEISMultistepScheduler": "deis", "LCMScheduler": "lcm", "FlowMatchEulerDiscreteScheduler": "flow_euler",
-    "FlowMatchHeunDiscreteScheduler": "flow_heun", "DDIMParallelScheduler": "ddim", "DDPMParallelScheduler": "ddpm",
+    "FlowMatchHeunDiscreteScheduler": "flow_heun", "DDIMParallelScheduler": "ddim",
+    "DDPMParallelScheduler": "ddpm",
 }
 """diffusers class -> solver (DPMSolverMultistepScheduler by its algorithm_type and order: ``solver_of``)."""
 
@@ -74,20 +80,25 @@ SOLVER_TO_CLASS = {v: k for k, v in reversed(CLASS_TO_SOLVER.items())} | {
 
 # config key -> solver option, for the settings that belong to a solver and not to the schedule
 _OPTIONS = {"solver_order": "order", "algorithm_type": "algorithm", "solver_type": "solver_type",
-            "lower_order_final": "lower_order_final", "euler_at_final": "euler_at_final", "predict_x0": "predict_x0",
+            "lower_order_final": "lower_order_final", "euler_at_final": "euler_at_final",
+            "predict_x0": "predict_x0",
             "disable_corrector": "disable_corrector", "skip_prk_steps": "skip_prk_steps",
             "variance_type": "variance_type", "original_inference_steps": "original_inference_steps",
             "timestep_scaling": "timestep_scaling", "stochastic_sampling": "stochastic_sampling"}
-_SPACING_KEYS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta",
+_SPACING_KEYS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential",
+                 "use_beta_sigmas": "beta",
                  "use_lu_lambdas": "lu"}
-_PLAIN = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing",
-          "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr", "interpolation_type", "final_sigmas_type",
+_PLAIN = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type",
+          "timestep_spacing",
+          "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr", "interpolation_type",
+          "final_sigmas_type",
           "sigma_min", "sigma_max", "timestep_type", "lambda_min_clipped", "shift", "use_dynamic_shifting",
-          "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type", "shift_terminal",
+          "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type",
+          "shift_terminal",
           "invert_sigmas", "clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio",
           "sample_max_value")
 _ALL_KEYS = {key for defaults in CLASS_DEFAULTS.values() for key in defaults}
-# dpmpp_2m accepts the solver_type and algorithm_type of its neighbours in a switched config, as diffusers does
+# a switched config brings its old class's solver_type and algorithm_type along; diffusers replaces them so
 _REPLACED = {"DPMSolverMultistepScheduler": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint",
                                              "deis": "dpmsolver++"},
              "UniPCMultistepScheduler": {"midpoint": "bh2", "heun": "bh2", "logrho": "bh2"},
@@ -99,8 +110,8 @@ def solver_of(config: Mapping[str, Any]) -> str:
     """The solver a diffusers scheduler config stands for. CheckpointError for an unknown class."""
     name = config.get("_class_name")
     if name not in CLASS_TO_SOLVER:
-        raise CheckpointError(f"scheduler config: _class_name={name!r} is not supported; give solver= and a config of "
-                              f"one of {', '.join(CLASS_DEFAULTS)}")
+        raise CheckpointError(f"scheduler config: _class_name={name!r} is not supported; give solver= and a "
+                              f"config of one of {', '.join(CLASS_DEFAULTS)}")
     solver = CLASS_TO_SOLVER[name]
     if solver == "dpmpp_2m" and str(config.get("algorithm_type", "")).startswith("sde-"):
         return "dpmpp_3m_sde" if config.get("solver_order", 2) == 3 else "dpmpp_2m_sde"
@@ -112,7 +123,8 @@ def read_config(config: Mapping[str, Any], solver: str | None) -> Schedule:
     if not isinstance(config, Mapping):
         raise CheckpointError(f"scheduler config: is a {type(config).__name__}, needs a JSON object")
     own = solver_of(config)
-    own_class = ALIASES.get(config["_class_name"], config["_class_name"])
+    own_class = str(config["_class_name"])
+    own_class = ALIASES.get(own_class, own_class)
     name = solver or own
     if name not in SOLVER_TO_CLASS:
         from .registry import find_solver
@@ -121,19 +133,18 @@ def read_config(config: Mapping[str, Any], solver: str | None) -> Schedule:
     defaults = CLASS_DEFAULTS[target]
     given = _given(config, own_class)
     values = {key: given.get(key, default) for key, default in defaults.items()}
-    if own_class.startswith("FlowMatch") and not target.startswith("FlowMatch"):
-        values |= {"use_flow_sigmas": True, "flow_shift": given.get("shift", 1.0)}
+    flow = own_class.startswith("FlowMatch") or bool(given.get("use_flow_sigmas"))
+    shift = given.get("shift" if own_class.startswith("FlowMatch") else "flow_shift", 1.0)
     values = {k: _REPLACED.get(target, {}).get(v, v) if k in ("solver_type", "algorithm_type") else v
               for k, v in values.items()}
     _refuse(values, target)
     fields = {key: values[key] for key in _PLAIN if key in values}
     if values.get("trained_betas") is not None:
         fields["trained_betas"] = tuple(float(b) for b in values["trained_betas"])
-    flow = target.startswith("FlowMatch") or bool(values.get("use_flow_sigmas"))
     if flow:
-        fields["prediction_type"] = "flow_prediction" if own_class.startswith("FlowMatch") \
-            else fields.get("prediction_type", "flow_prediction")
-        fields["shift"] = values.get("flow_shift", values.get("shift", 1.0))
+        fields["shift"] = shift
+        if own_class.startswith("FlowMatch"):
+            fields["prediction_type"] = "flow_prediction"
     options = {_OPTIONS[k]: v for k, v in values.items() if k in _OPTIONS}
     options = _solver_options(name, own, options)
     try:
@@ -154,14 +165,15 @@ def _given(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
         if key in _ALL_KEYS:
             given[key] = value
         elif key not in _FOREIGN and value not in (None, False, [], {}):
-            raise CheckpointError(f"scheduler config of {own_class}: {key}={value!r} is not known here; remove it if "
-                                  "it does not change the numbers")
+            raise CheckpointError(f"scheduler config of {own_class}: {key}={value!r} is not known here; "
+                                  "remove it if it does not change the numbers")
     return given
 
 
 # settings of diffusers classes without a solver here: they mean nothing to the classes above
 _FOREIGN = frozenset({
-    "noise_sampler_seed", "predictor_order", "corrector_order", "tau_func", "sigma_data", "rho", "sigma_schedule",
+    "noise_sampler_seed", "predictor_order", "corrector_order", "tau_func", "sigma_data", "rho",
+    "sigma_schedule",
     "s_noise", "snr_shift_scale", "max_period", "min_period"})
 
 
@@ -170,6 +182,11 @@ def _refuse(values: Mapping[str, Any], target: str) -> None:
                          ("solver_p", (None,))):
         if values.get(key) not in allowed:
             raise CheckpointError(f"scheduler config of {target}: {key}={values[key]!r} is not supported")
+
+
+    if values.get("algorithm_type") == "sde-dpmsolver" and values.get("solver_order") == 3:
+        raise CheckpointError(f"scheduler config of {target}: solver_order=3 with "
+                              "algorithm_type='sde-dpmsolver' is not supported; use sde-dpmsolver++")
 
 
 def _spacing(values: Mapping[str, Any]) -> str:
@@ -186,7 +203,7 @@ def _solver_options(name: str, own: str, options: dict[str, Any]) -> dict[str, A
         return options
     if name == "dpmpp_3m_sde":
         # only a config of this very solver asks for diffusers' numbers in the third order
-        if own == name:
+        if own == name and options["algorithm"] == "sde-dpmsolver++":
             return {**options, "third_order": "diffusers"}
         return {k: v for k, v in options.items() if k != "solver_type"}
     if own != name:

@@ -15,9 +15,10 @@ def ddim(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float] | 
          use_clipped_model_output: bool = False) -> StepTable:
     """Denoising diffusion implicit models, Song et al. 2021, eq. 12 and 16; diffusers' DDIMScheduler.
 
-    x' = sqrt(abar') x0 + sqrt(1 - abar' - s^2) eps + s noise with s = eta times the DDPM posterior's deviation:
-    eta 0 is deterministic, of order 1 in the step; eta 1 is ancestral. ``use_clipped_model_output`` recomputes
-    eps from the clipped x0. Raises LdmfastError for eta outside [0, 1] and for steps or lists that do not fit.
+    x' = sqrt(abar') x0 + sqrt(1 - abar' - s^2) eps + s noise with s = eta times the DDPM posterior's
+    deviation: eta 0 is deterministic, of order 1 in the step; eta 1 is ancestral.
+    ``use_clipped_model_output`` recomputes eps from the clipped x0. Raises LdmfastError for eta outside [0,
+    1] and for steps or lists that do not fit.
     """
     if not 0 <= eta <= 1:
         raise LdmfastError(f"ddim: eta={eta}, must be in [0, 1]")

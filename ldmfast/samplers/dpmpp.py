@@ -46,10 +46,11 @@ def dpmpp_2m(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float
              euler_at_final: bool = False) -> StepTable:
     """DPM-Solver++(2M), Lu et al. 2022 (DPM-Solver++), algorithm 2; diffusers' DPMSolverMultistepScheduler.
 
-    ``order`` 1 to 3; ``algorithm`` "dpmsolver++" integrates the data prediction (eq. 9), "dpmsolver" the noise
-    prediction (Lu et al. 2022, DPM-Solver, eq. 3.7; it cannot end at sigma 0). ``solver_type`` "midpoint" or
-    "heun" weights the difference term. ``lower_order_final`` falls to order 1 in the last of fewer than 15 steps
-    (order 3: to 2 in the last but one), ``euler_at_final`` always; so does a run that ends at sigma 0.
+    ``order`` 1 to 3; ``algorithm`` "dpmsolver++" integrates the data prediction (eq. 9), "dpmsolver" the
+    noise prediction (Lu et al. 2022, DPM-Solver, eq. 3.7; it cannot end at sigma 0). ``solver_type``
+    "midpoint" or "heun" weights the difference term. ``lower_order_final`` falls to order 1 in the last of
+    fewer than 15 steps (order 3: to 2 in the last but one), ``euler_at_final`` always; so does a run that
+    ends at sigma 0.
     """
     if algorithm not in ALGORITHMS[:2]:
         raise LdmfastError(f"dpmpp_2m: algorithm={algorithm!r}, must be dpmsolver++ or dpmsolver; "
@@ -62,16 +63,17 @@ def dpmpp_2m_sde(schedule: Schedule, steps: int | None, *, timesteps: Sequence[f
                  sigmas: Sequence[float] | None = None, start: int = 0, order: int = 2,
                  algorithm: str = "sde-dpmsolver++", solver_type: str = "midpoint",
                  lower_order_final: bool = True, euler_at_final: bool = False, eta: float = 1.0) -> StepTable:
-    """SDE-DPM-Solver++(2M), Lu et al. 2022 (DPM-Solver++), eq. 18; diffusers' DPMSolverMultistepScheduler with
-    algorithm_type sde-dpmsolver++. Fresh noise every step.
+    """SDE-DPM-Solver++(2M), Lu et al. 2022 (DPM-Solver++), eq. 18; diffusers' DPMSolverMultistepScheduler
+    with algorithm_type sde-dpmsolver++. Fresh noise every step.
 
     ``eta`` scales the noise (1 as in the paper, 0 gives dpmpp_2m): with z = (1 + eta) h,
-    x' = (sigma' / sigma) exp(-eta h) x + alpha' (1 - exp(-z)) (D0 + D1 / 2) + sigma' sqrt(1 - exp(-2 eta h)) noise.
+    x' = (sigma' / sigma) exp(-eta h) x + alpha' (1 - exp(-z)) (D0 + D1 / 2)
+         + sigma' sqrt(1 - exp(-2 eta h)) noise.
     """
     if algorithm not in ALGORITHMS[2:]:
         raise LdmfastError(f"dpmpp_2m_sde: algorithm={algorithm!r}, must be sde-dpmsolver++ or sde-dpmsolver")
-    return _multistep("dpmpp_2m_sde", schedule, steps, timesteps, sigmas, start, order, algorithm, solver_type,
-                      lower_order_final, euler_at_final, eta, "taylor")
+    return _multistep("dpmpp_2m_sde", schedule, steps, timesteps, sigmas, start, order, algorithm,
+                      solver_type, lower_order_final, euler_at_final, eta, "taylor")
 
 
 def dpmpp_3m_sde(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float] | None = None,
@@ -81,22 +83,23 @@ def dpmpp_3m_sde(schedule: Schedule, steps: int | None, *, timesteps: Sequence[f
     """SDE-DPM-Solver++(3M): the data prediction is extrapolated by a parabola through the last three.
 
     With z = (1 + eta) h, phi2 = 1 - (1 - exp(-z)) / z, phi3 = phi2 / z - 1/2:
-    x' = (sigma' / sigma) exp(-eta h) x + alpha' ((1 - exp(-z)) D0 + phi2 D1 - phi3 D2) + noise as in 2M SDE, D1
-    and D2 the divided differences of DPM-Solver++ 3M. ``third_order`` "diffusers" has -1/2 where the expansion
-    has +1/2 in the coefficient of D2 (diffusers 0.42 does; a folder's config selects it), so that D2 keeps a
-    weight near -1 for small steps.
+    x' = (sigma' / sigma) exp(-eta h) x + alpha' ((1 - exp(-z)) D0 + phi2 D1 - phi3 D2) + noise as in 2M SDE,
+    with D1 and D2 the divided differences of DPM-Solver++ 3M. ``third_order`` "diffusers" has -1/2 where the
+    expansion has +1/2 in the coefficient of D2 (diffusers 0.42 does; a folder's config selects it), so that
+    D2 keeps a weight near -1 for small steps.
     """
     if third_order not in ("taylor", "diffusers"):
         raise LdmfastError(f"dpmpp_3m_sde: third_order={third_order!r}, must be taylor or diffusers")
-    return _multistep("dpmpp_3m_sde", schedule, steps, timesteps, sigmas, start, 3, "sde-dpmsolver++", solver_type,
-                      lower_order_final, euler_at_final, eta, third_order)
+    return _multistep("dpmpp_3m_sde", schedule, steps, timesteps, sigmas, start, 3, "sde-dpmsolver++",
+                      solver_type, lower_order_final, euler_at_final, eta, third_order)
 
 
 def _multistep(name: str, schedule: Schedule, steps: int | None, timesteps: Sequence[float] | None,
                sigmas: Sequence[float] | None, start: int, order: int, algorithm: str, solver_type: str,
                lower_order_final: bool, euler_at_final: bool, eta: float, third_order: str) -> StepTable:
     if order not in (1, 2, 3) or (algorithm == "sde-dpmsolver" and order == 3):
-        raise LdmfastError(f"{name}: order={order} with {algorithm}, must be 1, 2 or 3 (sde-dpmsolver: 1 or 2)")
+        raise LdmfastError(f"{name}: order={order} with {algorithm}, must be 1, 2 or 3 (sde-dpmsolver: "
+                           "1 or 2)")
     if solver_type not in ("midpoint", "heun"):
         raise LdmfastError(f"{name}: solver_type={solver_type!r}, must be midpoint or heun")
     if eta < 0:
@@ -104,7 +107,8 @@ def _multistep(name: str, schedule: Schedule, steps: int | None, timesteps: Sequ
     grid = log_snr_levels(schedule, steps, timesteps, sigmas)
     data = algorithm.endswith("++")
     if not data and grid.sigmas[-1] == 0:
-        raise LdmfastError(f"{name}: algorithm {algorithm} cannot end at sigma 0; use final_sigmas_type='sigma_min'")
+        raise LdmfastError(f"{name}: algorithm {algorithm} cannot end at sigma 0; use "
+                           "final_sigmas_type='sigma_min'")
     level = Levels(schedule, grid.sigmas)
     n = len(grid.times)
     b = TableBuilder(name, schedule, registers=order - 1, clips=schedule.thresholding)
@@ -115,7 +119,9 @@ def _multistep(name: str, schedule: Schedule, steps: int | None, timesteps: Sequ
         m = [x0 if data else eps, *b.r]
         this = min(order, i - start + 1)
         short = lower_order_final and n < 15
-        if i == n - 1 and (euler_at_final or short or grid.sigmas[-1] == 0):
+        if level.lam[i + 1] == level.lam[i]:
+            this = 1  # a repeated last sigma: an idle step, whose differences would be 0 / 0
+        elif i == n - 1 and (euler_at_final or short or grid.sigmas[-1] == 0):
             this = 1
         elif i == n - 2 and short:
             this = min(this, 2)

@@ -19,7 +19,8 @@ def input_scale(sigma: float) -> float:
 
 
 def start_sigma(schedule: Schedule, grid: Grid) -> float:
-    """Noise factor of a run from pure noise; diffusers counts the picture's variance in for leading spacing."""
+    """Noise factor of a run from pure noise; diffusers counts the picture's variance in for leading
+    spacing."""
     top = float(grid.sigmas.max())
     return top if schedule.timestep_spacing in ("linspace", "trailing") else math.hypot(top, 1)
 
@@ -34,8 +35,8 @@ def euler(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float] |
     """Euler steps of the probability-flow ODE dx/dsigma = (x - x0) / sigma, Karras et al. 2022, algorithm 2
     without the correction; diffusers' EulerDiscreteScheduler. Order 1.
 
-    ``s_churn`` > 0 first raises the noise from sigma to sigma (1 + gamma) while s_tmin <= sigma <= s_tmax (there
-    lines 4 to 6); as in diffusers the network saw the state before that.
+    ``s_churn`` > 0 first raises the noise from sigma to sigma (1 + gamma) while s_tmin <= sigma <= s_tmax
+    (there lines 4 to 6); as in diffusers the network saw the state before that.
     """
     if s_churn < 0:
         raise LdmfastError(f"euler: s_churn={s_churn}, must not be negative")
@@ -77,5 +78,6 @@ def euler_a(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float]
         sigma, sigma_next = grid.sigmas[i], grid.sigmas[i + 1]
         down, up = ancestral_split(sigma, sigma_next, eta)
         x0, _ = b.predict(1.0, sigma)
-        b.stage(grid.times[i], b.x + (b.x - x0) / sigma * (down - sigma) + up * b.noise, c_in=input_scale(sigma))
+        b.stage(grid.times[i], b.x + (b.x - x0) / sigma * (down - sigma) + up * b.noise,
+                c_in=input_scale(sigma))
     return b.table(grid.times[start:], sigma_levels(grid, start), start_sigma(schedule, grid), start)

@@ -10,14 +10,25 @@ from typing import Any
 
 from ..errors import LdmfastError
 from .ddim import ddim
+from .ddpm import ddpm
+from .deis import deis
+from .dpm2 import dpm2, dpm2_a
 from .dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde
 from .euler import euler, euler_a
+from .flow import flow_euler, flow_heun
+from .heun import heun
+from .lcm import lcm
+from .lms import lms
+from .pndm import pndm
 from .schedules import Schedule
 from .step_table import StepTable
+from .unipc import unipc
 
 SOLVERS: dict[str, Callable[..., StepTable]] = {
-    "ddim": ddim, "euler": euler, "euler_a": euler_a, "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde,
-    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_a": euler_a, "heun": heun, "lms": lms, "pndm": pndm,
+    "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde, "dpmpp_3m_sde": dpmpp_3m_sde, "dpm2": dpm2,
+    "dpm2_a": dpm2_a, "unipc": unipc, "deis": deis, "lcm": lcm, "flow_euler": flow_euler,
+    "flow_heun": flow_heun,
 }
 """Solver name -> function(schedule, steps, *, timesteps, sigmas, start, its own options) -> StepTable."""
 
@@ -41,9 +52,9 @@ def solver_options(name: str) -> tuple[str, ...]:
 
 
 def start_step(steps: int, strength: float, *, flow: bool = False) -> int:
-    """Steps to skip for image to image: the last int(steps * strength) steps run, as in diffusers' get_timesteps
-    (its flow pipelines round the other way). Strength 0 runs none: the source comes back. LdmfastError outside
-    [0, 1]."""
+    """Steps to skip for image to image: the last int(steps * strength) steps run, as in diffusers'
+    get_timesteps (its flow pipelines round the other way). Strength 0 runs none: the source comes back.
+    LdmfastError outside [0, 1]."""
     if not (isinstance(strength, (int, float)) and 0 <= strength <= 1):
         raise LdmfastError(f"strength={strength}, must be in [0, 1]")
     if flow:
@@ -59,10 +70,12 @@ def make_table(schedule: Schedule, solver: str | None = None, steps: int | None 
     """The step table of a run.
 
     solver: a name of SOLVERS; None takes the one of the schedule's config. One of ``steps``, ``timesteps``
-    (falling, training times) or ``sigmas`` (falling; with the run's end as last value, for flow solvers without).
-    network_times: what the network is told instead, one a step or one a stage. ``strength`` in [0, 1] or
-    ``start`` skip the first steps (image to image). ``mu``, or ``image_seq_len`` (latent patches), fix a dynamic
-    shift. ``guidance`` as in StepTable.with_guidance. options: the solver's own (``solver_options``).
+    (falling, training times) or ``sigmas`` (falling; with the run's end as last value, for flow schedules
+    without).
+    network_times: what the network is told instead, one a step or one a stage.
+    strength in [0, 1], or start: skip the first steps (image to image).
+    mu, or image_seq_len (latent patches): fix a dynamic shift.
+    guidance: as in StepTable.with_guidance. options: the solver's own (``solver_options``).
     Raises LdmfastError, one line each, for whatever does not fit.
     """
     name = solver or schedule.solver
@@ -71,9 +84,10 @@ def make_table(schedule: Schedule, solver: str | None = None, steps: int | None 
     function = find_solver(name)
     schedule = schedule.for_solver(name)
     if timesteps is not None and sigmas is not None:
-        raise LdmfastError("make_table: both timesteps and sigmas are given; give one (network_times= sets what the "
-                           "network sees)")
-    count = steps if timesteps is None and sigmas is None else _check_length(timesteps, sigmas, steps, schedule.flow)
+        raise LdmfastError("make_table: both timesteps and sigmas are given; give one (network_times= sets "
+                           "what the network sees)")
+    given = timesteps is not None or sigmas is not None
+    count = _check_length(timesteps, sigmas, steps, schedule.flow) if given else steps
     if count is None:
         raise LdmfastError("make_table: needs steps, timesteps or sigmas")
     _check_kind(name, schedule)
@@ -89,12 +103,23 @@ def make_table(schedule: Schedule, solver: str | None = None, steps: int | None 
         start = start_step(count, strength, flow=schedule.flow)
     if isinstance(count, int) and count > 0 and not 0 <= start <= count:
         raise LdmfastError(f"make_table: start={start} is not in 0..{count}")
-    table = function(schedule, None if count != steps else steps, timesteps=timesteps, sigmas=sigmas, start=start,
-                     **settings) if timesteps is not None or sigmas is not None else \
-        function(schedule, steps, start=start, **settings)
+    if given:
+        settings |= {"timesteps": timesteps, "sigmas": sigmas}
+    table = _call(name, function, schedule, None if given else steps, start, settings)
     if network_times is not None:
         table = table.with_network_times(network_times)
     return table if guidance is None else table.with_guidance(guidance)
+
+
+def _call(name: str, function: Callable[..., StepTable], schedule: Schedule, steps: int | None, start: int,
+          settings: dict[str, Any]) -> StepTable:
+    parameters = inspect.signature(function).parameters
+    for option in ("timesteps", "sigmas"):
+        if settings.get(option) is None:
+            settings.pop(option, None)
+        elif option not in parameters:
+            raise LdmfastError(f"{name}: does not take {option}; give steps")
+    return function(schedule, steps, start=start, **settings)
 
 
 def _check_length(timesteps: Sequence[float] | None, sigmas: Sequence[float] | None, steps: int | None,
@@ -102,29 +127,30 @@ def _check_length(timesteps: Sequence[float] | None, sigmas: Sequence[float] | N
     count = len(timesteps) if timesteps is not None else len(sigmas or ()) - (not flow)
     if steps is not None and steps != count:
         what = "timesteps" if timesteps is not None else "sigmas"
-        raise LdmfastError(f"make_table: steps={steps}, but the {what} list makes {count} steps; leave one out")
+        raise LdmfastError(f"make_table: steps={steps}, but the {what} list makes {count} steps; leave "
+                           "one out")
     return count
 
 
 def _check_kind(name: str, schedule: Schedule) -> None:
     if schedule.flow and name not in FLOW_ONLY + EITHER:
-        raise LdmfastError(f"{name} works on variance-preserving noise, this schedule is a rectified flow; use one of "
-                           f"{', '.join(s for s in FLOW_ONLY + EITHER if s in SOLVERS)}")
+        raise LdmfastError(f"{name} works on variance-preserving noise, this schedule is a rectified flow; "
+                           f"use one of {', '.join(s for s in FLOW_ONLY + EITHER if s in SOLVERS)}")
     if not schedule.flow and name in FLOW_ONLY:
-        raise LdmfastError(f"{name} needs a rectified-flow schedule (flow=True, prediction_type='flow_prediction'), "
-                           f"this one predicts {schedule.prediction_type}; use for example "
-                           f"{name.removeprefix('flow_')}")
+        raise LdmfastError(f"{name} needs a rectified-flow schedule (flow=True, "
+                           f"prediction_type='flow_prediction'), this one predicts "
+                           f"{schedule.prediction_type}; use for example {name.removeprefix('flow_')}")
 
 
 def _fix_shift(schedule: Schedule, mu: float | None, image_seq_len: int | None) -> Schedule:
     if not schedule.use_dynamic_shifting:
         if mu is not None:
-            raise LdmfastError(f"make_table: mu={mu}, but the schedule's shift is fixed ({schedule.shift}); set "
-                               "use_dynamic_shifting=True, or leave mu out")
+            raise LdmfastError(f"make_table: mu={mu}, but the schedule's shift is fixed ({schedule.shift}); "
+                               "set use_dynamic_shifting=True, or leave mu out")
         return schedule
     if mu is None and image_seq_len is None:
-        raise LdmfastError("make_table: the schedule's shift depends on the picture size; give image_seq_len= (number "
-                           "of latent patches) or mu=")
+        raise LdmfastError("make_table: the schedule's shift depends on the picture size; give "
+                           "image_seq_len= (number of latent patches) or mu=")
     value = schedule.mu(image_seq_len) if mu is None and image_seq_len is not None else mu
     if value is None or not math.isfinite(value):
         raise LdmfastError(f"make_table: mu={value} is not finite")

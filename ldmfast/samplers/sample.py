@@ -28,7 +28,7 @@ class StopSampling(Exception):
 
 @dataclass(frozen=True)
 class _Combination:
-    """One lincomb: slot <- sum of the columns named, with the coefficients at ``offset`` of the flat table."""
+    """One lincomb: slot <- the sum of the columns named, its coefficients at ``offset`` of the flat table."""
 
     slot: int
     columns: tuple[int, ...]
@@ -90,9 +90,9 @@ def compile_table(table: StepTable) -> Plan:
             x0 = combination(columns.index("x0"), table.x0_rows[i])
         step = int(table.step_index[i])
         stages.append(_Stage(
-            float(table.network_times[i]), scale, x0, bool(table.needs_noise[i]), tuple(moves), tuple(combinations),
-            tuple(bool(v) for v in table.needs_prediction[i]), step, bool(table.step_end[i]),
-            float(table.timesteps[step])))
+            float(table.network_times[i]), scale, x0, bool(table.needs_noise[i]), tuple(moves),
+            tuple(combinations), tuple(bool(v) for v in table.needs_prediction[i]), step,
+            bool(table.step_end[i]), float(table.timesteps[step])))
     plan = Plan(tuple(stages), torch.tensor(flat, dtype=torch.float64))
     table.__dict__["_plan"] = plan
     return plan
@@ -105,15 +105,17 @@ def sample(denoise: Denoiser, x: Tensor, schedule: Schedule | None = None, solve
     """Run a sampler from the state ``x`` and return the last state.
 
     x: (pictures, ...) of any floating dtype; the state at the start of the run, that is unit noise times
-    ``table.init_noise_sigma``, or ``table.add_noise(source, noise)`` with a strength.
+    ``table.init_noise_sigma``, or ``table.add_noise(source, noise)`` for image to image.
     denoise(x_in, t, stage) returns the network's prediction, shaped like x; with a guided table the pair
-    (uncond, cond), or cond alone at a stage of guidance scale 1. It must return fresh tensors and leave x_in alone.
+    (uncond, cond), or cond alone at a stage of guidance scale 1. It returns fresh tensors and leaves x_in as
+    it is.
     Either ``table``, or ``schedule``, ``solver``, ``steps`` and ``options`` for ``make_table``.
     generator: a CPU torch.Generator for the batch, or one for each picture: then a picture's noise does not
-    depend on its neighbours. Noise is drawn in fp32 on the CPU, then cast. noise_fn(stage, x) replaces the draw.
+    depend on its neighbours. Noise is drawn in fp32 on the CPU, then cast. noise_fn(stage, x) replaces that.
     callback(step, t, x) runs after each step and may return a replacement for x.
     StopSampling from callback or denoise ends the run; the x reached is returned.
-    Raises LdmfastError, ShapeError (a prediction of another shape, a wrong number of generators), DeviceError.
+    Raises LdmfastError, ShapeError (a prediction of another shape, a wrong number of generators),
+    DeviceError (a generator that is not on the CPU).
     """
     table = _resolve(table, schedule, solver, steps, guidance, options)
     draw = noise_fn or _noise_source(generator, x)
@@ -147,7 +149,8 @@ def _resolve(table: StepTable | None, schedule: Schedule | None, solver: str | N
             raise LdmfastError("sample: needs a schedule (with solver and steps) or a table")
         table = make_table(schedule, solver, steps, **options)
     elif options:
-        raise LdmfastError(f"sample: {', '.join(options)} has no effect with a finished table; give it to make_table")
+        raise LdmfastError(f"sample: {', '.join(options)} has no effect with a finished table; give it to "
+                           "make_table")
     return table if guidance is None else table.with_guidance(guidance)
 
 
@@ -160,17 +163,20 @@ def _predict(denoise: Denoiser, state: list[Any], coefficients: Tensor, stage: _
         outs: Sequence[Any] = (out,) if isinstance(out, Tensor) else out
     elif isinstance(out, Tensor):
         if sum(stage.reads) != 1:
-            raise ShapeError(f"sample: the denoiser returned one tensor at stage {index}, the table needs {names}")
+            raise ShapeError(f"sample: the denoiser returned one tensor at stage {index}, the table needs "
+                             f"{names}")
         outs = [out if read else None for read in stage.reads]
     else:
         outs = out
     if len(outs) != names:
-        raise ShapeError(f"sample: the denoiser returned {len(outs)} tensors at stage {index}, the table needs {names}")
+        raise ShapeError(f"sample: the denoiser returned {len(outs)} tensors at stage {index}, the table "
+                         f"needs {names}")
     for k, (value, read) in enumerate(zip(outs, stage.reads)):
         if not read:
             continue
         if value is None:
-            raise ShapeError(f"sample: the denoiser returned None for output {k} at stage {index}, which is needed")
+            raise ShapeError(f"sample: the denoiser returned None for output {k} at stage {index}, which is "
+                             "needed")
         if value.shape != x.shape:
             _check_shape(value, x, f"the prediction at stage {index}")
         state[1 + k] = value
@@ -212,11 +218,11 @@ def _noise_source(generator: Generators, x: Tensor) -> NoiseFunction:
 
 def _check_generator(generator: Any) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise LdmfastError(f"sample: generator is a {type(generator).__name__}, needs a torch.Generator or a list of "
-                           "them")
+        raise LdmfastError(f"sample: generator is a {type(generator).__name__}, needs a torch.Generator or a "
+                           "list of them")
     if generator is not None and generator.device.type != "cpu":
-        raise DeviceError(f"sample: the generator is on {generator.device}; noise is drawn on the CPU, so that a seed "
-                          "means the same picture everywhere: use torch.Generator('cpu')")
+        raise DeviceError(f"sample: the generator is on {generator.device}; noise is drawn on the CPU, so "
+                          "that a seed means the same picture everywhere: use torch.Generator('cpu')")
 
 
 def _check_shape(value: Tensor, x: Tensor, what: str) -> None:

@@ -34,12 +34,14 @@ _CHOICES = {
     "time_shift_type": ("exponential", "linear"),
 }
 
-ZERO_SNR_FLOOR = 2.0**-24  # alphas_cumprod[-1] where a solver needs a finite sigma (sigma = 4096), as in diffusers
+# alphas_cumprod[-1] where a solver needs a finite sigma (sigma = 4096), as in diffusers
+ZERO_SNR_FLOOR = 2.0**-24
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels of one model. Names and meaning of the fields are those of diffusers' scheduler configs.
+    """The noise levels of one model. Names and meaning of the fields are those of diffusers' scheduler
+    configs.
 
     ``flow`` selects rectified-flow levels x = (1 - sigma) x0 + sigma noise; otherwise the levels are
     variance preserving, x = sqrt(abar) x0 + sqrt(1 - abar) noise (Ho et al. 2020, eq. 4), and
@@ -88,25 +90,29 @@ class Schedule:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise LdmfastError(f"schedule: {name}={value!r} is not known; use one of {', '.join(choices)}")
+                raise LdmfastError(f"schedule: {name}={value!r} is not known; use one of "
+                                   f"{', '.join(choices)}")
         if self.num_train_timesteps < 1:
-            raise LdmfastError(f"schedule: num_train_timesteps={self.num_train_timesteps}, must be at least 1")
+            raise LdmfastError(f"schedule: num_train_timesteps={self.num_train_timesteps}, must be at "
+                               "least 1")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise LdmfastError(f"schedule: trained_betas has {len(self.trained_betas)} values, "
                                f"num_train_timesteps is {self.num_train_timesteps}; they must be equal")
         if not self.shift > 0:
             raise LdmfastError(f"schedule: shift={self.shift}, must be positive")
-        if (self.prediction_type == "flow_prediction") != self.flow and self.config is None:
-            raise LdmfastError(f"schedule: prediction_type={self.prediction_type!r} with flow={self.flow}; "
-                               "flow_prediction and flow=True go together")
+        allowed = ("flow_prediction", "epsilon", "sample") if self.flow else PREDICTIONS[:3]
+        if self.prediction_type not in allowed:
+            raise LdmfastError(f"schedule: prediction_type={self.prediction_type!r} with flow={self.flow}, "
+                               f"needs one of {', '.join(allowed)}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], solver: str | None = None) -> Schedule:
         """The schedule of a diffusers ``scheduler_config.json``, read as diffusers would read it.
 
         Missing keys take the defaults of the config's class, or, when ``solver`` names another one, of the
-        diffusers class of that solver (what ``OtherScheduler.from_config(config)`` does). Raises CheckpointError
-        for an unknown class, and for a setting that changes the numbers and is not supported.
+        diffusers class of that solver (what ``OtherScheduler.from_config(config)`` does). Raises
+        CheckpointError for an unknown class, and for a setting that changes the numbers and is not
+        supported.
         """
         from .configs import read_config
         return read_config(config, solver)
@@ -136,7 +142,7 @@ class Schedule:
     @cached_property
     def alphas_cumprod(self) -> Array:
         """(num_train_timesteps,) float64 abar; the last is 0 with ``rescale_betas_zero_snr``."""
-        return np.cumprod(1.0 - self.betas)
+        return np.asarray(np.cumprod(1.0 - self.betas), dtype=np.float64)
 
     @cached_property
     def train_sigmas(self) -> Array:

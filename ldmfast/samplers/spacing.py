@@ -53,33 +53,40 @@ def check_list(values: Sequence[float], what: str, low: float, high: float) -> A
         i = int(rising[0])
         raise LdmfastError(f"{what}: must fall strictly, but {array[i]:g} is followed by {array[i + 1]:g}")
     if array[0] > high or array[-1] < low:
-        raise LdmfastError(f"{what}: {array[0] if array[0] > high else array[-1]:g} is not in [{low:g}, {high:g}]")
+        value = array[0] if array[0] > high else array[-1]
+        raise LdmfastError(f"{what}: {value:g} is not in [{low:g}, {high:g}]")
     return array
 
 
 def spaced_times(schedule: Schedule, steps: int, *, extra: int = 0, whole: bool = True) -> Array:
-    """(steps,) falling training timesteps. ``extra`` = 1 spaces steps + 1 and leaves the last away, so that the
-    run does not end on it; ``whole`` rounds the linspace times."""
+    """(steps,) falling training timesteps. ``extra`` = 1 spaces steps + 1 and leaves the last away, so that
+    the run does not end on it; ``whole`` rounds the linspace times."""
     n, total = schedule.num_train_timesteps, steps + extra
     last = n
     if extra and math.isfinite(schedule.lambda_min_clipped):
         log_snr = -np.log(schedule.train_sigmas)[::-1]
         last = n - int(np.searchsorted(log_snr, schedule.lambda_min_clipped))
     if schedule.timestep_spacing == "linspace":
-        times = np.linspace(0, last - 1, total)
-        times = (times.round() if whole else times)[::-1]
+        even: Array = np.linspace(0, last - 1, total, dtype=np.float64)
+        times = np.asarray(even.round() if whole else even, dtype=np.float64)[::-1]
     elif schedule.timestep_spacing == "leading":
         if total > last:
             raise LdmfastError(f"steps={steps} is too many for leading spacing of {last} training timesteps; "
                                f"use at most {last - extra}, or another timestep_spacing")
         times = (np.arange(total) * float(last // total))[::-1] + schedule.steps_offset
     else:
+        # arange may make one time more than asked when n / steps rounds down
         times = np.arange(last, 0, -n / steps).round()[:steps] - 1
     times = times[:steps]
     if times[0] > n - 1 or times[-1] < 0:
         raise LdmfastError(f"steps={steps} with {schedule.timestep_spacing} spacing and steps_offset="
                            f"{schedule.steps_offset} reaches timestep {times[0]:g}; the model has 0..{n - 1}")
     return np.ascontiguousarray(times, dtype=np.float64)
+
+
+def alpha_at(schedule: Schedule, time: float) -> float:
+    """abar at one training timestep."""
+    return float(alphas_at(schedule, np.array([time]))[0])
 
 
 def alphas_at(schedule: Schedule, times: Array) -> Array:
@@ -126,7 +133,8 @@ def explicit_sigmas(sigmas: Sequence[float]) -> Array:
 
 
 def sigma_grid(schedule: Schedule, steps: int | None, timesteps: Sequence[float] | None,
-               sigmas: Sequence[float] | None, *, round_karras: bool = False, ends_at_zero: bool = True) -> Grid:
+               sigmas: Sequence[float] | None, *, round_karras: bool = False,
+               ends_at_zero: bool = True) -> Grid:
     """Grid of the sigma-space solvers (Euler, Heun, LMS, DPM2): the respaced range runs between the sigmas of
     the first and last spaced time."""
     n = schedule.num_train_timesteps
@@ -182,8 +190,8 @@ def log_snr_grid(schedule: Schedule, steps: int | None, timesteps: Sequence[floa
 
 def _vp_grid(times: Array, levels: Array) -> Grid:
     if (np.diff(levels[:-1]) >= 0).any() or levels[-1] > levels[-2]:
-        raise LdmfastError(f"steps={len(times)}: the noise levels do not fall ({len(times)} steps are too many for "
-                           "this spacing, or sigma_min and sigma_max are exchanged)")
+        raise LdmfastError(f"steps={len(times)}: the noise levels do not fall ({len(times)} steps are too "
+                           "many for this spacing, or sigma_min and sigma_max are exchanged)")
     abar = 1 / (1 + levels**2)
     return Grid(np.asarray(times, dtype=np.float64), levels, abar[:-1], abar[1:])
 
@@ -195,10 +203,11 @@ def _refuse_respacing(schedule: Schedule, what: str) -> None:
 
 
 def respace(schedule: Schedule, sigma_max: float, sigma_min: float, n: int) -> Array:
-    """(n,) sigmas spread by ``schedule.sigma_spacing`` over the range (its own sigma_min and sigma_max first).
+    """(n,) sigmas spread by ``schedule.sigma_spacing`` over the range (the schedule's own sigma_min and
+    sigma_max go before the ones given).
 
-    karras: Karras et al. 2022, eq. 5, rho = 7. exponential: even in log sigma. beta: quantiles of Beta(0.6, 0.6)
-    (Lee et al. 2024). lu: even in log SNR (Lu et al. 2022).
+    karras: Karras et al. 2022, eq. 5, rho = 7. exponential: even in log sigma. beta: quantiles of Beta(0.6,
+    0.6) (Lee et al. 2024). lu: even in log SNR (Lu et al. 2022).
     """
     lo = float(sigma_min if schedule.sigma_min is None else schedule.sigma_min)
     hi = float(sigma_max if schedule.sigma_max is None else schedule.sigma_max)
@@ -241,7 +250,8 @@ def beta_quantile(p: Array, a: float) -> Array:
 def sigma_to_time(sigmas: Array, schedule: Schedule) -> Array:
     """Training time of each sigma, linear in log sigma between two timesteps, clamped to the ends."""
     n = schedule.num_train_timesteps
-    return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(schedule.train_sigmas), np.arange(n, dtype=np.float64))
+    logs = np.log(np.maximum(sigmas, 1e-10))
+    return np.interp(logs, np.log(schedule.train_sigmas), np.arange(n, dtype=np.float64))
 
 
 def shifted(schedule: Schedule, sigmas: Array) -> Array:
@@ -261,8 +271,8 @@ def flow_grid(schedule: Schedule, steps: int | None, timesteps: Sequence[float] 
               sigmas: Sequence[float] | None, *, kind: str) -> Grid:
     """Grid of the rectified-flow solvers; network times are sigma * num_train_timesteps.
 
-    ``kind`` says whose spacing: "match" (FlowMatchEuler and FlowMatchHeun), "dpm" (DPM-Solver and DEIS; DEIS as
-    "deis" repeats the last sigma) or "unipc". Given lists hold the steps' starts only and are shifted, as in
+    ``kind`` says whose spacing: "match" (FlowMatchEuler and FlowMatchHeun), "dpm" (DPM-Solver), "deis" (the
+    same, the last sigma repeated) or "unipc". Given lists hold the steps' starts only and are shifted, as in
     diffusers; the end is added.
     """
     n = schedule.num_train_timesteps
@@ -283,8 +293,8 @@ def flow_grid(schedule: Schedule, steps: int | None, timesteps: Sequence[float] 
             levels = respace(schedule, train[-1], train[0], len(levels))
             levels = levels / (levels + 1)
         else:
-            raise LdmfastError(f"schedule: {schedule.sigma_spacing} sigmas are not defined for flow levels with this "
-                               "solver; use sigma_spacing='default' or a flow_ solver")
+            raise LdmfastError(f"schedule: {schedule.sigma_spacing} sigmas are not defined for flow levels "
+                               "with this solver; use sigma_spacing='default' or a flow_ solver")
     elif kind == "unipc" and abs(levels[0] - 1) < 1e-6:
         levels[0] -= 1e-6  # lambda is infinite at sigma 1
     if (np.diff(levels) >= 0).any():

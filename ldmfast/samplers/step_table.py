@@ -25,8 +25,9 @@ from .schedules import Array, Schedule
 class Clip:
     """The one thing in a step that is not linear: limits on the predicted x0.
 
-    ``limit`` clamps to [-limit, limit] (diffusers' clip_sample). Otherwise dynamic thresholding (Saharia et al.
-    2022, section 2.3): s = the ``ratio`` quantile of |x0| a picture, at least 1, at most max_value; x0 = clamp(x0, -s, s) / s.
+    ``limit`` clamps to [-limit, limit] (diffusers' clip_sample). Otherwise dynamic thresholding (Saharia et
+    al. 2022, section 2.3): s = the ``ratio`` quantile of |x0| a picture, at least 1, at most max_value;
+    x0 = clamp(x0, -s, s) / s.
     """
 
     limit: float | None = None
@@ -45,7 +46,7 @@ class Clip:
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """Coefficients of a run. All arrays are read-only; stages, steps, registers are counted by the properties.
+    """Coefficients of a run. All arrays are read-only; the properties count stages, steps and registers.
 
     columns: names of the inputs of a stage: "x", the predictions ("e", or "uncond" and "cond" once guided),
     "noise", "x0" (only with ``clip``: the limited data prediction, made from ``x0_rows``), "r0", "r1", ...
@@ -106,10 +107,10 @@ class StepTable:
     def with_guidance(self, scale: float | Sequence[float]) -> StepTable:
         """This table with classifier-free guidance folded in (Ho & Salimans 2022, eq. 6).
 
-        e = uncond + w (cond - uncond) is linear, so the column e becomes (1 - w) uncond and w cond. ``scale`` is
-        one number, or one for each stage. Where w is 1 the unconditional output is not read
-        (``needs_prediction``); if it is 1 everywhere the table stays as it is. Raises LdmfastError for a table
-        that is guided already, a wrong length, or a scale that is not finite.
+        e = uncond + w (cond - uncond) is linear, so the column e becomes (1 - w) uncond and w cond. ``scale``
+        is one number, or one for each stage. Where w is 1 the unconditional output is not read
+        (``needs_prediction``); if it is 1 everywhere the table stays as it is. Raises LdmfastError for a
+        table that is guided already, a wrong length, or a scale that is not finite.
         """
         w = self._per_stage(scale, "guidance")
         if not np.isfinite(w).all():
@@ -141,7 +142,7 @@ class StepTable:
             x0_rows=None if self.x0_rows is None else split(self.x0_rows, weights))
 
     def with_network_times(self, times: Sequence[float]) -> StepTable:
-        """This table with other times shown to the network, one a stage or one a step (for every stage of it)."""
+        """This table with other times shown to the network: one a stage, or one a step for all its stages."""
         values = np.asarray(times, dtype=np.float64)
         if values.shape == (self.num_steps,):
             values = values[self.step_index]
@@ -184,6 +185,10 @@ class TableBuilder:
             self.clip = Clip(None, schedule.dynamic_thresholding_ratio, schedule.sample_max_value)
         elif clips and schedule.clip_sample:
             self.clip = Clip(schedule.clip_sample_range)
+        elif schedule.thresholding or schedule.clip_sample:
+            option = "thresholding" if schedule.thresholding else "clip_sample"
+            raise LdmfastError(f"{solver}: {option}=True is not supported by this solver; use ddim, "
+                               "or switch it off")
         self.solver, self.prediction_type = solver, schedule.prediction_type
         names = ["x", "e", "noise", *(["x0"] if self.clip else []), *(f"r{i}" for i in range(registers))]
         unit = dict(zip(names, np.eye(len(names))))
@@ -202,16 +207,16 @@ class TableBuilder:
     def predict(self, alpha: float, sigma: float, x: Array | None = None) -> tuple[Array, Array]:
         """(x0, eps) as the network output tells them at a state x = alpha * x0 + sigma * eps.
 
-        The only place that knows the parametrisations: epsilon (Ho et al. 2020), sample, v = alpha eps - sigma x0
-        at alpha^2 + sigma^2 = 1 (Salimans & Ho 2022, appendix D; other states are scaled there first), and
-        flow = eps - x0 at alpha + sigma = 1 (Liu et al. 2022). x0 is the clipped column where the solver clips;
-        eps never is.
+        The only place that knows the parametrisations: epsilon (Ho et al. 2020), sample, v = alpha eps -
+        sigma x0 at alpha^2 + sigma^2 = 1 (Salimans & Ho 2022, appendix D; other states are scaled there
+        first), and flow = eps - x0 at alpha + sigma = 1 (Liu et al. 2022). x0 is the clipped column where the
+        solver clips; eps never is.
         """
         x = self.x if x is None else x
         if self.prediction_type == "epsilon":
             if alpha == 0:
-                raise LdmfastError("epsilon prediction says nothing about the picture at zero terminal SNR; use "
-                                   "v_prediction or sample, or rescale_betas_zero_snr=False")
+                raise LdmfastError("epsilon prediction says nothing about the picture at zero terminal SNR; "
+                                   "use v_prediction or sample, or rescale_betas_zero_snr=False")
             x0, eps = (x - sigma * self.e) / alpha, self.e
         elif self.prediction_type == "sample":
             x0, eps = self.e, (x - alpha * self.e) / sigma
@@ -249,13 +254,14 @@ class TableBuilder:
         levels = np.array([*noise_levels, (1.0, 0.0)], dtype=np.float64)
         if not np.isfinite(matrices).all():
             stage = int(np.argwhere(~np.isfinite(matrices))[0][0])
-            raise LdmfastError(f"{self.solver}: stage {stage} (network time {self._times[stage]:g}) has a coefficient "
-                               "that is not finite; the schedule does not suit this solver")
+            raise LdmfastError(f"{self.solver}: stage {stage} (network time {self._times[stage]:g}) has a "
+                               "coefficient that is not finite; the schedule does not suit this solver")
         return StepTable(
             solver=self.solver, columns=self.columns, matrices=_frozen(matrices),
             network_times=_frozen(np.array(self._times)), c_in=_frozen(np.array(self._c_in)),
-            step_index=np.array(self._steps, dtype=np.int64), timesteps=_frozen(np.array(timesteps, dtype=np.float64)),
-            noise_levels=_frozen(levels), init_noise_sigma=float(init_noise_sigma), start=start, clip=self.clip,
+            step_index=np.array(self._steps, dtype=np.int64),
+            timesteps=_frozen(np.array(timesteps, dtype=np.float64)), noise_levels=_frozen(levels),
+            init_noise_sigma=float(init_noise_sigma), start=start, clip=self.clip,
             x0_rows=_frozen(np.array(self._x0_rows).reshape(-1, n)) if self.clip else None)
 
     def _drop_dead_registers(self, matrices: Array) -> None:

@@ -1,0 +1,57 @@
+"""LCM: multistep sampling of a latent consistency model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import LdmfastError
+from .schedules import Array, Schedule
+from .spacing import alphas_at, check_list, check_steps
+from .step_table import StepTable, TableBuilder
+
+SIGMA_DATA = 0.5
+
+
+def lcm(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None, start: int = 0, original_inference_steps: int = 50,
+        timestep_scaling: float = 10.0) -> StepTable:
+    """Multistep consistency sampling, Luo et al. 2023 (LCM), algorithm 3; diffusers' LCMScheduler.
+
+    Each step predicts the clean picture c_skip(t) x + c_out(t) x0 (boundary scalings of Song et al. 2023,
+    appendix C, in the scaled time ``timestep_scaling`` t with sigma_data 0.5) and noises it to the next time
+    with fresh noise; the last step does not. The times are a subset of the ``original_inference_steps``
+    times of the distillation.
+    """
+    if sigmas is not None:
+        raise LdmfastError("lcm: takes timesteps, not sigmas (a consistency model knows its training times "
+                           "only)")
+    n = schedule.num_train_timesteps
+    if timesteps is not None:
+        times = check_list(timesteps, "timesteps", 0, n - 1)
+    else:
+        times = _subset(n, check_steps(steps, schedule), original_inference_steps)
+    alphas = alphas_at(schedule, times)
+    b = TableBuilder("lcm", schedule, clips=True)
+    for i in range(start, len(times)):
+        a = alphas[i]
+        x0, _ = b.predict(a**0.5, (1 - a) ** 0.5)
+        scaled = times[i] * timestep_scaling
+        c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
+        c_out = scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5
+        row = c_out * x0 + c_skip * b.x
+        if i < len(times) - 1:
+            row = alphas[i + 1] ** 0.5 * row + (1 - alphas[i + 1]) ** 0.5 * b.noise
+        b.stage(times[i], row)
+    return b.table(times[start:], [(a**0.5, (1 - a) ** 0.5) for a in alphas[start:]], 1.0, start)
+
+
+def _subset(n: int, steps: int, original: int) -> Array:
+    if not 1 <= original <= n:
+        raise LdmfastError(f"lcm: original_inference_steps={original} is not in 1..{n}")
+    if steps > original:
+        raise LdmfastError(f"lcm: steps={steps} is more than the {original} original_inference_steps")
+    trained = (np.arange(1, original + 1) * (n // original) - 1)[::-1]
+    return trained[np.floor(np.linspace(0, original, steps,
+                                        endpoint=False)).astype(np.int64)].astype(np.float64)
