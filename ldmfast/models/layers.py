@@ -38,17 +38,18 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def rows_linear(x: Tensor, linear: nn.Linear) -> Tensor:
-    """linear(x) for a few rows (R, K), computed in blocks of a fixed number of rows.
+def by_rows(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """layer(x) for a few rows (R, K), computed in blocks of a fixed number of rows.
 
-    A GEMM library picks its summation order by the number of rows; with the number fixed, a row's result does
-    not depend on how many others are computed with it (other timesteps, other pictures).
+    A GEMM library picks its summation order by the number of rows, and a vectorised function treats the last
+    elements of a tensor differently; with the size fixed, a row's result does not depend on how many others are
+    computed with it (other timesteps, other pictures).
     """
     rows = x.shape[0]
     if rows == 0:
-        return x.new_empty(0, linear.out_features)
+        return layer(x)
     padded = F.pad(x, (0, 0, 0, -rows % _ROWS))
-    return torch.cat([linear(block) for block in padded.split(_ROWS)])[:rows]
+    return torch.cat([layer(block) for block in padded.split(_ROWS)])[:rows]
 
 
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Tensor:
@@ -75,7 +76,10 @@ class TimestepEmbedding(nn.Module):
         self.post_act = post_act
 
     def forward(self, x: Tensor) -> Tensor:
-        x = rows_linear(F.silu(rows_linear(x, self.linear_1)), self.linear_2)
+        return by_rows(self._block, x)
+
+    def _block(self, x: Tensor) -> Tensor:
+        x = self.linear_2(F.silu(self.linear_1(x)))
         return x if self.post_act is None else ACTIVATIONS[self.post_act](x)
 
 

@@ -30,7 +30,7 @@ class UNet2D(UNetTrunk):
         emb, label = self.embed_time(times), self.embed_class(class_labels)
         if class_labels is not None and label is None:
             raise LdmfastError("class_labels were given, this model has no classes; leave them out")
-        emb = torch.nn.functional.silu(emb if label is None else emb + label)
+        emb = emb if label is None else emb + label
         return UNetState({t: i for i, t in enumerate(times)}, project_times(self, emb), (), None,
                          None if label is None else len(label))
 

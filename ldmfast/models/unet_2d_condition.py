@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LdmfastError, ShapeError
-from .layers import ACTIVATIONS, TimestepEmbedding, timestep_embedding
+from .layers import ACTIVATIONS, TimestepEmbedding, by_rows, timestep_embedding
 from .unet_config import UNet2DConditionConfig
 from .unet_state import UNetState, as_list, mask_bias, project_prompt, project_times
 from .unet_trunk import UNetTrunk
@@ -61,11 +61,12 @@ class UNet2DCondition(UNetTrunk):
             added = self._added(added_cond_kwargs)
             batch, emb = len(added), emb + added
         if self.config.time_embedding_act_fn is not None:
-            emb = ACTIVATIONS[self.config.time_embedding_act_fn](emb)
+            act = ACTIVATIONS[self.config.time_embedding_act_fn]
+            emb = by_rows(act, emb.flatten(0, 1)).unflatten(0, emb.shape[:2])
         bias = None if prompt is None else mask_bias("encoder_attention_mask", encoder_attention_mask,
                                                      len(prompt), self.dtype)
         return UNetState({t: i for i, t in enumerate(times)},
-                         project_times(self, torch.nn.functional.silu(emb)),
+                         project_times(self, emb),
                          () if prompt is None else project_prompt(self, prompt), bias, batch)
 
     @torch.no_grad()
@@ -146,6 +147,7 @@ class UNet2DCondition(UNetTrunk):
         if not fits or text.shape[1] + ids.shape[1] * c.addition_time_embed_dim != wanted:
             raise ShapeError(f"text_embeds {tuple(text.shape)} and time_ids {tuple(ids.shape)} do not make the "
                              f"{wanted} channels the model needs: channels + {c.addition_time_embed_dim} * numbers")
-        return self.add_embedding(torch.cat([text, waves.view(len(text), -1)], dim=-1).to(self.dtype))
+        waves = waves.reshape(len(ids), ids.shape[1] * c.addition_time_embed_dim)
+        return self.add_embedding(torch.cat([text, waves], dim=-1).to(self.dtype))
 
 

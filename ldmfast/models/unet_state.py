@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import LdmfastError, ShapeError
-from .layers import Attention, KeysValues, ResnetBlock, rows_linear
+from .layers import Attention, KeysValues, ResnetBlock, by_rows
 from .unet_blocks import Step
 
 
@@ -73,10 +74,10 @@ def number_slots(model: nn.Module) -> None:
 
 
 def project_times(model: nn.Module, embedding: Tensor) -> tuple[Tensor, ...]:
-    """Activated time embedding (timesteps, pictures or 1, D) -> one (timesteps, pictures or 1, C) a ResNet
+    """Time embedding (timesteps, pictures or 1, D) -> one (timesteps, pictures or 1, C) a ResNet
     block."""
-    rows = embedding.flatten(0, 1)
-    return tuple(rows_linear(rows, m.time_emb_proj).unflatten(0, embedding.shape[:2])
+    rows = by_rows(F.silu, embedding.flatten(0, 1))
+    return tuple(by_rows(m.time_emb_proj, rows).unflatten(0, embedding.shape[:2])
                  for m in model.modules() if isinstance(m, ResnetBlock))
 
 

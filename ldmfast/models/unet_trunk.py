@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ShapeError
 from .base import Config, Model
-from .layers import GroupNorm, TimestepEmbedding, channels_last, rows_linear, timestep_embedding
+from .layers import GroupNorm, TimestepEmbedding, by_rows, channels_last, timestep_embedding
 from .unet_blocks import DownBlock, MidBlock, Step, UpBlock
 from .unet_config import UNetPlan
 from .unet_state import number_slots
@@ -53,7 +53,7 @@ class UNetTrunk(Model):
         waves = timestep_embedding(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
         x = waves.to(self.dtype)[:, None]
         if condition is not None and self.time_embedding.cond_proj is not None:
-            x = x + rows_linear(condition.to(self.dtype), self.time_embedding.cond_proj)
+            x = x + by_rows(self.time_embedding.cond_proj, condition.to(self.dtype))
         return self.time_embedding(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     def embed_class(self, labels: Tensor | None) -> Tensor | None:
@@ -73,7 +73,7 @@ class UNetTrunk(Model):
                                  f"classes 0..{c.num_class_embeds - 1}")
             return self.class_embedding(labels.reshape(-1))
         if c.class_embed_type == "simple_projection":
-            return rows_linear(labels.to(self.dtype), cast(nn.Linear, self.class_embedding))
+            return by_rows(self.class_embedding, labels.to(self.dtype))
         return self.class_embedding(labels.to(self.dtype))
 
     def check_sample(self, sample: Tensor) -> None:
