@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -70,3 +70,61 @@ def _background(scene: Scene, varied: bool, rng: random.Random) -> str:
         names = ["grey" if name == "gray" and rng.random() < 0.3 else name for name in names]
     word = _pick(("on a", "with a", "against a"), varied, rng, 0.75)
     return f" {word} {' and '.join(names)} background"
+
+
+@dataclass(frozen=True)
+class ExpectedItem:
+    """What a caption says about one object."""
+
+    colour: str
+    shape: str
+    size_word: str | None = None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a caption asks for. `relation` is None when it states none; `background` (top[, bottom])."""
+
+    items: tuple[ExpectedItem, ...]
+    relation: str | None
+    background: tuple[str, ...]
+
+
+def expected_of(scene: Scene) -> Expected:
+    """What the scene's own caption states."""
+    items = tuple(ExpectedItem(item.colour, item.shape, item.size_word) for item in scene.items)
+    return Expected(items, scene.relation if scene.stated else None, scene.background)
+
+
+def parse_caption(caption: str) -> Expected:
+    """Reads a caption of the grammar. Raises ValueError when it names no known colour and shape."""
+    from ldmfast.testing.scenes import BACKGROUND_COLOURS, DEFAULT_BACKGROUND, OBJECT_COLOURS, SHAPES
+
+    words = caption.lower().replace(",", " ").replace("grey", "gray").split()
+    singular = {plural(shape): shape for shape in SHAPES} | {shape: shape for shape in SHAPES}
+    counts = {word: n for n, forms in NUMBER_WORDS.items() for word in forms}
+    items: list[ExpectedItem] = []
+    colour, size, count = None, None, 1
+    for word in words:
+        if word in OBJECT_COLOURS:
+            colour = word
+        elif word in ("small", "large"):
+            size = word
+        elif word in counts:
+            count = counts[word]
+        elif word in singular and colour:
+            items += [ExpectedItem(colour, singular[word], size)] * count
+            colour, size, count = None, None, 1
+    if not items:
+        raise ValueError(f"caption {caption!r} names no colour and shape, as in 'a red circle above a blue square'")
+    relation = _parse_relation(words) if len(items) == 2 and items[0] != items[1] else None
+    background = tuple(word for word in words if word in BACKGROUND_COLOURS)[:2]
+    return Expected(tuple(items), relation, background or DEFAULT_BACKGROUND)
+
+
+def _parse_relation(words: list[str]) -> str | None:
+    for relation, phrases in RELATION_PHRASES.items():
+        if any(phrase.split()[-2:] == words[i : i + len(phrase.split()[-2:])]
+               for phrase in phrases for i in range(len(words))):
+            return relation
+    return None
