@@ -74,7 +74,8 @@ def random_source(generator: GeneratorLike, pictures: int) -> RandomSource:
         seeds = [int(generator) + i for i in range(pictures)]
         return RandomSource(tuple(_seeded(s) for s in seeds), False, tuple(seeds))
     if not isinstance(generator, (list, tuple)):
-        raise LdmfastError(f"generator is a {type(generator).__name__}: give an int, a torch.Generator or a list of these")
+        raise LdmfastError(f"generator is a {type(generator).__name__}: "
+                           "give an int, a torch.Generator or a list of these")
     if len(generator) != pictures:
         raise ShapeError(f"{len(generator)} generators were given for {pictures} pictures: give one for each")
     items, numbers = [], []
@@ -106,13 +107,15 @@ def _one_image(image: Any, what: str) -> torch.Tensor:
         array = np.asarray(image.convert("L" if what == "mask_image" else "RGB"), dtype=np.float32) / 255
         return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
     if isinstance(image, np.ndarray):
-        scale = 255.0 if image.dtype == np.uint8 else 1.0
-        array = image.astype(np.float32) / scale
+        array = image.astype(np.float32)
+        if image.dtype == np.uint8:
+            array /= 255
         return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
     if isinstance(image, torch.Tensor):
         tensor = image.float() / 255 if image.dtype == torch.uint8 else image.float()
         return tensor if tensor.ndim == 3 else tensor[None]
-    raise LdmfastError(f"{what} is a {type(image).__name__}: give a PIL image, a numpy array, a tensor or a list of these")
+    raise LdmfastError(f"{what} is a {type(image).__name__}: "
+                       "give a PIL image, a numpy array, a tensor or a list of these")
 
 
 def _as_list(image: Any) -> list[Any]:

@@ -41,7 +41,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise DeviceError(f"unknown device {device!r}: use 'cpu' or 'cuda'") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"device {device!r} was asked for and torch {torch.__version__} sees no GPU: use device='cpu'")
+        raise DeviceError(f"device {device!r} was asked for and torch {torch.__version__} sees no GPU: "
+                          "use device='cpu'")
     if chosen.type not in ("cpu", "cuda"):
         raise DeviceError(f"device {device!r} is not supported: use 'cpu' or 'cuda'")
     return chosen
@@ -136,7 +137,7 @@ def _as_installed(weights: dict[str, torch.Tensor], wanted: set[str]) -> dict[st
 
 
 def fingerprint(path: Path) -> str:
-    """Sixteen hex digits over names, sizes and both ends of the weight files: cheap, and enough to tell models apart."""
+    """Sixteen hex digits over names, sizes and both ends of the weight files: cheap, tells models apart."""
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin")]
     digest = hashlib.sha256()
     for file in sorted(files):

@@ -33,7 +33,8 @@ def _check(pipe: Pipeline, settings: dict[str, Any], image: Any, mask_image: Any
         if wanted is not None and value is None:
             raise LdmfastError(f"the picture was made from another one: give the same {name}")
         if digest(value) != wanted:
-            raise LdmfastError(f"{name} is not the one the picture was made from (hash {digest(value)}, needs {wanted})")
+            raise LdmfastError(f"{name} is not the one the picture was made from "
+                               f"(hash {digest(value)}, needs {wanted})")
 
 
 def repeat(pipe: Pipeline, settings: dict[str, Any], *, image: Any, mask_image: Any, progress: bool) -> PipelineOutput:
@@ -58,5 +59,6 @@ def repeat(pipe: Pipeline, settings: dict[str, Any], *, image: Any, mask_image: 
         if settings.get(name) is not None:
             arguments[name] = tuple(settings[name])
     out = pipe(**arguments, generator=[row["seed"] for row in rows], progress=progress)
+    assert isinstance(out, PipelineOutput)
     index = settings.get("index", 0) if settings.get("batch") else 0
     return PipelineOutput([out.images[index]], [out.settings[index]], out.cancelled)

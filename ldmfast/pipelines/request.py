@@ -240,7 +240,7 @@ def _table(pipe: Pipeline, a: dict[str, Any], strength: float) -> StepTable:
     explicit = a["timesteps"] is not None or a["sigmas"] is not None
     steps = None if explicit else _steps(pipe, a)
     eta = _number("eta", a["eta"])
-    options = {"eta": eta} if eta else {}
+    options: dict[str, Any] = {"eta": eta} if eta else {}
     return make_table(pipe.schedule, _solver(pipe, a), steps, timesteps=a["timesteps"], sigmas=a["sigmas"],
                       strength=strength, **options)
 

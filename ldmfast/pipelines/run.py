@@ -50,7 +50,7 @@ def run(pipe: Pipeline, request: Request) -> PipelineOutput:
     """Encode, sample, decode."""
     branches = _branches(pipe, request)
     x, blend, extra = _start(pipe, request)
-    times = request.table.network_times
+    times = request.table.network_times.tolist()
 
     def denoiser() -> Denoiser:
         return Denoiser(pipe.unet, branches, times, request.pictures, one_by_one=pipe.precision == "exact",
