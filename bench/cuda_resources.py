@@ -42,11 +42,12 @@ class Resources:
     spills: int
 
 
-def nvcc_command(source: Path, arch: str, target: Path) -> list[str]:
+def nvcc_command(source: Path, archs: tuple[str, ...], target: Path) -> list[str]:
     include = Path(torch.__file__).parent / "include"
     return ["nvcc", "-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA",
             "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", "-isystem", str(include),
-            "-gencode", f"arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-c", str(source), "-o", str(target)]
+            *(part for a in archs for part in ("-gencode", f"arch=compute_{a},code=sm_{a}")),
+            "-Xptxas", "-v", "-c", str(source), "-o", str(target)]
 
 
 def parse_ptxas(report: str) -> list[Resources]:
@@ -75,11 +76,12 @@ def demangled(found: list[Resources]) -> list[Resources]:
     return [Resources(**{**asdict(r), "kernel": n}) for r, n in zip(found, short)]
 
 
-def nvcc_resources(source: Path, arch: str) -> list[Resources]:
+def nvcc_resources(source: Path, archs: tuple[str, ...]) -> list[Resources]:
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(nvcc_command(source, arch, Path(folder) / "out.o"), text=True, capture_output=True)
+        done = subprocess.run(nvcc_command(source, archs, Path(folder) / "out.o"), text=True,
+                              capture_output=True)
     if done.returncode:
-        raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{source.name} does not compile for {archs}:\n{done.stderr[-3000:]}")
     found = demangled(parse_ptxas(done.stderr))
     return [Resources(**{**asdict(r), "kernel": f"{source.stem}.cu: {r.kernel}"}) for r in found]
 
@@ -223,9 +225,8 @@ def triton_resources(op: str, name: str, arguments: tuple, arch: int) -> list[Re
 
 def collect() -> list[Resources]:
     found = []
-    for arch in NVCC_ARCHS:
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-            found += nvcc_resources(source, arch)
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        found += nvcc_resources(source, NVCC_ARCHS)
     for arch in TRITON_ARCHS:
         for op, name, arguments in triton_calls():
             found += triton_resources(op, name, arguments, arch)
