@@ -164,6 +164,20 @@ def _defaults(parts: Parts) -> dict[str, Any]:
     return values
 
 
+def _scheduler_config(parts: Parts) -> dict[str, Any]:
+    """The folder's scheduler config with the two corrections that diffusers' Stable Diffusion pipelines make when they
+    are built: latents are not clipped, and steps_offset is 1 (SD 1 and SD 2)."""
+    if "scheduler" not in parts.names:
+        return {}
+    config = dict(parts.config("scheduler"))
+    pipeline = str(parts.index.get("_class_name") or "")
+    if pipeline.startswith("StableDiffusion"):
+        config["clip_sample"] = False
+        if "XL" not in pipeline:
+            config["steps_offset"] = 1
+    return config
+
+
 def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device) -> Components:
     """Build every component that ``parts`` has. Raises CheckpointError with the file and part that is wrong."""
     names = set(parts.names)
@@ -171,7 +185,7 @@ def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device)
     for needed in ("unet", vae_part):
         if needed not in names:
             raise CheckpointError(f"{parts.path}: has no part {needed!r}; it has {', '.join(sorted(names)) or 'none'}")
-    scheduler_config = parts.config("scheduler") if "scheduler" in names else {}
+    scheduler_config = _scheduler_config(parts)
     schedule = Schedule.from_config(scheduler_config)
     two = "text_encoder_2" in names
     encoders = []
