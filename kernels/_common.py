@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -12,7 +12,7 @@ from torch import Tensor
 ASSUMED_PROCESSORS = 132  # H100 and H200; used where no GPU is asked (interpreter, compile checks)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
@@ -22,7 +22,7 @@ def processors(x: Tensor) -> int:
     return _processors(x.get_device()) if x.is_cuda else ASSUMED_PROCESSORS
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shared_memory(index: int) -> int:
     return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
 

@@ -73,7 +73,8 @@ def _load(pointer, token, tokens, DEPTH: tl.constexpr, stride, START: tl.constex
 
 @triton.jit
 def _attend(q, q_rest, total, top, out, out_rest, k, v, bias, row, limit, low, high, keys, stride_k, stride_v,
-            bias_m, bias_n, scale, DEPTH: tl.constexpr, DEPTH_V: tl.constexpr, MASKED: tl.constexpr, QK: tl.constexpr, QK_REST: tl.constexpr,
+            bias_m, bias_n, scale, DEPTH: tl.constexpr, DEPTH_V: tl.constexpr, MASKED: tl.constexpr,
+            QK: tl.constexpr, QK_REST: tl.constexpr,
             PV: tl.constexpr, PV_REST: tl.constexpr, BLOCK_N: tl.constexpr, OPERAND: tl.constexpr,
             PRECISION: tl.constexpr):
     """Runs over the keys low..high-1. limit: for each query, the number of keys it sees; used where MASKED.

@@ -55,8 +55,8 @@ def _fold(count, mean, m2, AXIS: tl.constexpr):
     """Joins (count, mean, sum of squared deviations) along an axis (Chan et al. 1979, equation 2.1)."""
     total = tl.sum(count, AXIS)
     whole = tl.sum(count * mean, AXIS) / tl.maximum(total, 1)
-    return total, whole, tl.sum(m2 + count * (mean - tl.expand_dims(whole, AXIS)) * (mean - tl.expand_dims(whole, AXIS)),
-                                AXIS)
+    delta = mean - tl.expand_dims(whole, AXIS)
+    return total, whole, tl.sum(m2 + count * delta * delta, AXIS)
 
 
 @triton.jit
@@ -119,13 +119,11 @@ def stats_kernel(x, shift, partial, channels, spatial, stride_n, stride_c, strid
                + s[:, None] * stride_s + tl.arange(0, BLOCK_C)[None, :] * stride_c)
     mean = tl.zeros([BLOCK_S, BLOCK_C], ACC)
     m2 = tl.zeros([BLOCK_S, BLOCK_C], ACC)
-    seen = 0
     for start in range(0, length, BLOCK_S):
         mask = (start + s < length)[:, None] & valid[None, :]
         value = tl.load(pointer, mask, other=0).to(ACC)
-        seen += 1
         delta = value - mean
-        after = mean + delta * (tl.full([], 1, ACC) / seen)
+        after = mean + delta * (tl.full([], 1, ACC) / (start // BLOCK_S + 1))
         m2 = tl.where(mask, m2 + delta * (value - after), m2)
         mean = tl.where(mask, after, mean)
         pointer += BLOCK_S * stride_s

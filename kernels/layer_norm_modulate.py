@@ -62,8 +62,8 @@ def kernel(x, out, scale, shift, weight, bias, num_rows, tokens, columns, stride
         y -= (tl.sum(y, 1) / columns)[:, None]
         square = tl.where(mask, y * y, 0)
         y *= tl.rsqrt(tl.sum(square, 1) / columns + EPS)[:, None]
-        y = _affine(y, c, c < columns, mask, batch, weight, bias, scale, shift, weight_stride, bias_stride, scale_n, scale_c,
-                    shift_n, shift_c, ACC)
+        y = _affine(y, c, c < columns, mask, batch, weight, bias, scale, shift, weight_stride, bias_stride, scale_n,
+                    scale_c, shift_n, shift_c, ACC)
         tl.store(target, y.to(out.dtype.element_ty), mask)
     else:
         total = tl.zeros([BLOCK_R, BLOCK_C], ACC)

@@ -124,9 +124,9 @@ PLANS = [(batch, channels, pixels, groups, last, size, aligned)
 def test_every_element_belongs_to_one_piece(folder: Path) -> None:
     """The pieces of all groups cover the tensor once, and their counts and partial slots are right."""
     for plan, line in zip(PLANS, ask(folder, ["runs " + " ".join(map(str, p)) + " 132" for p in PLANS])):
-        batch, channels, pixels, groups, last, size, aligned = plan
+        batch, channels, pixels, groups, last, _, aligned = plan
         head, _, tiles = line.partition(" /")
-        one_pass, vector, splits, piece, tile_groups, tile_count, blocks = map(int, head.split(" | ")[0].split())
+        one_pass, vector, splits, piece, _, tile_count, blocks = map(int, head.split(" | ")[0].split())
         seen = torch.zeros(batch * channels * pixels, dtype=torch.int64)
         slots = []
         for part in head.split(" | ")[1:]:

@@ -117,4 +117,10 @@ inline GroupNormPlan group_norm_plan(int64_t batch, int64_t channels, int64_t pi
   return p;
 }
 
+// Loads of one row of a group that is kept on chip: a pixel's channels of the group, or a channel's pixels. Split
+// groups have no such row (three channels are less than one load).
+inline Divisor row_loads(const GroupNormPlan& p) {
+  return p.one_pass ? Divisor(uint32_t((p.last ? p.width : p.pixels) / p.vector)) : Divisor();
+}
+
 }  // namespace ldmfast

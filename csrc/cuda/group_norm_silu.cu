@@ -5,8 +5,6 @@
 // for its own groups. csrc/common/group_norm_plan.h says which block has which numbers.
 //
 // Statistics: Welford within a thread, Chan's join between threads, warps and blocks; fp32 (fp64 for fp64).
-#include <algorithm>
-
 #include "common/group_norm_plan.h"
 #include "common/layout.h"
 #include "common/reduce.cuh"
@@ -21,7 +19,7 @@ constexpr int kWarps = kThreads / kWarp;
 
 struct Arguments {
   GroupNormPlan plan;
-  Divisor columns;  // loads of one row: width / vector (channels-last) or pixels / vector
+  Divisor columns;  // row_loads(plan)
   Parameter shift, weight, bias;
   double eps;
   bool silu;
@@ -319,8 +317,7 @@ Tensor group_norm_silu(const Tensor& x_, const OptionalTensor& shift, int64_t nu
   Arguments a;
   a.plan = group_norm_plan(sizes[0], sizes[1], x.numel() / (sizes[0] * sizes[1]), num_groups, last,
                            int64_t(x.element_size()), address % 16 == 0, processors);
-  const int64_t row = last ? a.plan.width : a.plan.pixels;  // used by the one-pass kernel, whose groups are small
-  a.columns = Divisor(uint32_t(std::min(row / a.plan.vector, int64_t(INT32_MAX))));
+  a.columns = row_loads(a.plan);
   a.shift = parameter(shift), a.weight = parameter(weight), a.bias = parameter(bias);
   a.eps = eps, a.silu = silu;
   switch (type_of(x)) {
