@@ -13,8 +13,8 @@ import torch
 import ldmfast
 
 FOLDER = Path(ldmfast.__file__).parent / "assets" / "tiny"
-CAPTIONS = ["a red circle above a blue square", "three yellow stars on a black background",
-            "a pink triangle left of a green circle", "something else entirely, 12 words!"]
+CAPTIONS = ["a red circle above a blue square", "three yellow rings on a gray background",
+            "a purple triangle left of a green circle", "something else entirely, 12 words!"]
 
 
 def psnr(a, b) -> float:
