@@ -66,17 +66,18 @@ def spaced_times(schedule: Schedule, steps: int, *, extra: int = 0, whole: bool 
     if extra and math.isfinite(schedule.lambda_min_clipped):
         log_snr = -np.log(schedule.train_sigmas)[::-1]
         last = n - int(np.searchsorted(log_snr, schedule.lambda_min_clipped))
+    times: Array
     if schedule.timestep_spacing == "linspace":
-        even: Array = np.linspace(0, last - 1, total, dtype=np.float64)
-        times = np.asarray(even.round() if whole else even, dtype=np.float64)[::-1]
+        times = np.linspace(0, last - 1, total, dtype=np.float64)[::-1]
+        times = np.array(times.round() if whole else times, dtype=np.float64)
     elif schedule.timestep_spacing == "leading":
         if total > last:
             raise LdmfastError(f"steps={steps} is too many for leading spacing of {last} training timesteps; "
                                f"use at most {last - extra}, or another timestep_spacing")
-        times = (np.arange(total) * float(last // total))[::-1] + schedule.steps_offset
+        times = np.array(np.arange(total) * (last // total), dtype=np.float64)[::-1] + schedule.steps_offset
     else:
         # arange may make one time more than asked when n / steps rounds down
-        times = np.arange(last, 0, -n / steps).round()[:steps] - 1
+        times = np.array(np.arange(last, 0, -n / steps).round()[:steps] - 1, dtype=np.float64)
     times = times[:steps]
     if times[0] > n - 1 or times[-1] < 0:
         raise LdmfastError(f"steps={steps} with {schedule.timestep_spacing} spacing and steps_offset="
@@ -264,6 +265,9 @@ def stretched(schedule: Schedule, sigmas: Array) -> Array:
     if not schedule.shift_terminal:
         return sigmas
     rest = 1 - sigmas
+    if rest[-1] == 0:
+        raise LdmfastError(f"shift_terminal={schedule.shift_terminal} cannot stretch a list that ends at sigma 1; "
+                           "use at least 2 steps")
     return 1 - rest / (rest[-1] / (1 - schedule.shift_terminal))
 
 

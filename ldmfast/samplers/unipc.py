@@ -47,8 +47,8 @@ def unipc(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float] |
             x = _update(level, i - 1, b.r[0], m[1:], m[0], last_order, solver_type, predict_x0)
         last_order = min(order, n - i) if lower_order_final else order
         last_order = min(last_order, i - start + 1)
-        if grid.sigmas[i + 1] == 0:
-            last_order = 1
+        if grid.sigmas[i + 1] == 0 or level.lam[i + 1] == level.lam[i]:
+            last_order = 1  # an infinite or an idle step has no differences
         row = _update(level, i, x, m, None, last_order, solver_type, predict_x0)
         b.stage(grid.times[i], row, {0: x, **{1 + k: m[k] for k in range(order)}})
     return b.table(grid.times[start:], level.pairs(start), 1.0, start)
@@ -80,6 +80,8 @@ def _update(level: Levels, i: int, x: Array, m: list[Array], new: Array | None, 
     row = carry * x - scale * grow * m[0]
     ratios = [(level.lam[i - k] - level.lam[i]) / h for k in range(1, order)]
     differences = [(m[k] - m[0]) / r for k, r in enumerate(ratios, 1)]
+    if new is None and order == 1:
+        return row
     if new is not None:
         differences.append(new - m[0])
         rho = _order_conditions([*ratios, 1.0], hh, b_h) if order > 1 else np.array([0.5])
