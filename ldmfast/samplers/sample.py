@@ -199,7 +199,7 @@ def _advance(coefficients: Tensor, stage: _Stage, state: list[Any]) -> None:
 
 def _noise_source(generator: Generators, x: Tensor) -> NoiseFunction:
     """noise(stage, like) in fp32 from CPU generators; one a picture where a list is given."""
-    if generator is None or isinstance(generator, torch.Generator):
+    if not isinstance(generator, (list, tuple)):
         _check_generator(generator)
         return lambda stage, like: torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
     generators = list(generator)

@@ -84,7 +84,8 @@ def refused(config: dict) -> bool:
     algorithm = config.get("algorithm_type", "")
     return ((algorithm in ("dpmsolver", "sde-dpmsolver") and zero)
             or (algorithm == "sde-dpmsolver" and config.get("solver_order") == 3)
-            or (config.get("predict_x0") is False and (zero or "use_flow_sigmas" in config))
+            or (config.get("predict_x0") is False and (zero or "use_flow_sigmas" in config
+                                                        or config["thresholding"]))
             or (algorithm in ("dpmsolver", "sde-dpmsolver") and "use_flow_sigmas" in config)
             # DPM-Solver's flow list ends at the VP schedule's sigma, which its own last sigma may undercut
             or ("algorithm_type" in config and "use_flow_sigmas" in config and not zero)
