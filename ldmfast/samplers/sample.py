@@ -200,8 +200,9 @@ def _advance(coefficients: Tensor, stage: _Stage, state: list[Any]) -> None:
 def _noise_source(generator: Generators, x: Tensor) -> NoiseFunction:
     """noise(stage, like) in fp32 from CPU generators; one a picture where a list is given."""
     if not isinstance(generator, (list, tuple)):
-        _check_generator(generator)
-        return lambda stage, like: torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
+        single: Any = generator
+        _check_generator(single)
+        return lambda stage, like: torch.randn(like.shape, generator=single).to(like.device, like.dtype)
     generators = list(generator)
     if len(generators) != x.shape[0]:
         raise ShapeError(f"sample: {len(generators)} generators for {x.shape[0]} pictures; give one for each")
