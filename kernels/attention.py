@@ -82,10 +82,11 @@ def _attend(q, q_rest, total, top, out, out_rest, k, v, bias, row, limit, low, h
     Weights are rounded to v's dtype; OPERAND is the dtype in which the matrix unit takes its operands.
     """
     n = tl.arange(0, BLOCK_N)
-    k += low.to(tl.int64) * stride_k
-    v += low.to(tl.int64) * stride_v
+    skip = tl.full([], 0, tl.int64) + low  # a constant where there is one key: it has no .to
+    k += skip * stride_k
+    v += skip * stride_v
     if bias is not None:
-        bias += low.to(tl.int64) * bias_n
+        bias += skip * bias_n
     for start in range(low, high, BLOCK_N):
         left = keys - start
         key = _load(k, n, left, DEPTH, stride_k, 0, QK).to(OPERAND)

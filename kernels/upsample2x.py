@@ -37,7 +37,7 @@ def channels_last_kernel(x, out, pixels, channels, height, width, stride_n, stri
     source = (line // height) * stride_n + (line % height) * stride_h + w * stride_w
     value = tl.load(x + source[:, None] + c.to(tl.int64)[None, :] * stride_c, mask, other=0)
     first = out + ((line * 4 * width + 2 * w) * channels)[:, None] + c[None, :]
-    below = 2 * width.to(tl.int64) * channels
+    below = tl.full([], 2, tl.int64) * width * channels  # a width of 1 is a constant here and has no .to
     tl.store(first, value, mask)
     tl.store(first + channels, value, mask)
     tl.store(first + below, value, mask)

@@ -179,5 +179,26 @@ def test_compiles_without_spills(arch: int) -> None:
             assert r.shared <= tool.SHARED_LIMIT[arch], r
 
 
+def test_sizes_of_one_compile() -> None:
+    """Triton turns an argument that equals 1 into a constant without tensor methods: ``width.to(...)`` then fails to
+    compile, which the interpreter does not show. Also fp64, which the networks' shapes above do not have.
+    """
+    tool = resources()
+
+    def e(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False) -> torch.Tensor:
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        return x.contiguous(memory_format=torch.channels_last) if last else x
+
+    calls = [("upsample2x", (e(1, 1, 1, 1),)), ("upsample2x", (e(2, 4, 3, 1, last=True),)), ("geglu", (e(2),)),
+             ("layer_norm_modulate", (e(1, 1, 1), e(1, 1), e(1, 1), e(1), e(1), 1e-5)),
+             ("group_norm_silu", (e(1, 1, 1, 1), e(1, 1), 1, e(1), e(1), 1e-5, True)),
+             ("group_norm_silu", (e(1, 1, 1, 40000), e(1, 1), 1, e(1), e(1), 1e-5, True)),
+             ("lincomb", (e(1, 1, dtype=torch.float64), None, [e(dtype=torch.float64)])),
+             ("attention", (e(1, 1, 1, 8), e(1, 1, 1, 8), e(1, 1, 1, 8), e(1, 1, 1, 1), 1.0, True, 1))]
+    for op, arguments in calls:
+        for r in tool.triton_resources(op, "one", arguments, 90):
+            assert r.spills == 0, r
+
+
 if __name__ == "__main__":
     interpret()
