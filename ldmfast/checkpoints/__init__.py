@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 
 from .folder import Folder
+from .inspect import PartReport, Report, inspect
 from .parts import Parts
 from .single_file import SingleFile
 
@@ -29,4 +30,4 @@ def open_single_file(path: str | os.PathLike[str], prediction_type: str | None =
     return SingleFile(path, prediction_type)
 
 
-__all__ = ["Folder", "Parts", "SingleFile", "open_folder", "open_single_file"]
+__all__ = ["Folder", "PartReport", "Parts", "Report", "SingleFile", "inspect", "open_folder", "open_single_file"]

@@ -41,7 +41,7 @@ class Folder(Parts):
 
     def folder(self, part: str) -> Path:
         self.class_name(part)
-        if self.index["_class_name"] is None and part == "model":
+        if self.index.get("_class_name") is None and part == "model":
             return self.path
         if Path(part).name != part or not (self.path / part).is_dir():
             raise CheckpointError(f"{self.path}: model_index.json names {part!r}, the folder {part}/ is "

@@ -11,6 +11,7 @@ import codecs
 import json
 import mmap
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ MAX_TENSORS = 50_000  # ten times the largest diffusion model in use; an entry c
 MAX_METADATA = 4 << 20  # characters in all; trainers store tag lists of up to about 1 MB
 _MAX_ENTRY = 1 << 16  # characters of one name or one tensor's entry; a real one has below 300
 _BLOCK = 1 << 17
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -186,10 +188,10 @@ class _Parser:
             self.text, self.at = self.text[self.at:] + self.decode.decode(block, final=not self.left), 0
 
     def peek(self) -> str:
+        """The next character that is not a space, "" at the end."""
         while True:
             self.fill(1)
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
-                self.at += 1
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
             if self.at < len(self.text) or not self.left:
                 return self.text[self.at:self.at + 1]
 
@@ -201,17 +203,19 @@ class _Parser:
     def value(self, limit: int = _MAX_ENTRY) -> Any:
         """One JSON value of at most ``limit`` characters."""
         self.peek()
-        window = min(limit, _MAX_ENTRY)
+        window = _MAX_ENTRY
         while True:
-            self.fill(window)
+            self.fill(min(window, limit))
             try:
-                value, end = _DECODER.raw_decode(self.text[self.at:self.at + window])
+                value, end = _DECODER.raw_decode(self.text, self.at)
             except ValueError:
-                if window >= min(limit, len(self.text) - self.at + self.left):
+                if window >= limit or not self.left:
                     raise
-                window = min(4 * window, limit)
+                window *= 4  # a long string may have been cut
                 continue
-            self.at += end
+            if end - self.at > limit:
+                raise ValueError(f"a value of {end - self.at} characters, the limit is {limit}")
+            self.at = end
             return value
 
     def items(self) -> Iterator[str]:

@@ -49,6 +49,10 @@ class SingleFile(Parts):
     def files(self) -> list[Path]:
         return [self.path]
 
+    def sources(self, part: str) -> set[str]:
+        """Names, as in the file, of the tensors that a part is made from."""
+        return set(self._parts[part].sources) if part in self._parts else set()
+
     def config(self, part: str) -> dict[str, Any]:
         self.class_name(part)
         return dict(self._parts[part].config if part in self._parts else self._configs[part])

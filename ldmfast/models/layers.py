@@ -42,8 +42,8 @@ def by_rows(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """layer(x) for a few rows (R, K), computed in blocks of a fixed number of rows.
 
     A GEMM library picks its summation order by the number of rows, and a vectorised function treats the last
-    elements of a tensor differently; with the size fixed, a row's result does not depend on how many others are
-    computed with it (other timesteps, other pictures).
+    elements of a tensor differently; with the size fixed, a row's result does not depend on how many others
+    are computed with it (other timesteps, other pictures).
     """
     rows = x.shape[0]
     if rows == 0:

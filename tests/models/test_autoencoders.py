@@ -90,7 +90,7 @@ def test_tiles_match_diffusers(h: int, w: int, tile: int) -> None:
 def test_tiles_leave_no_seam() -> None:
     """Where tiles begin or end, no line of neighbouring pixels differs more than the roughest line of the
     untiled picture does."""
-    theirs, ours = pair("AutoencoderKL", "sd")
+    _, ours = pair("AutoencoderKL", "sd")
     z = torch.nn.functional.interpolate(draw(1, 4, 6, 6), size=(40, 40), mode="bicubic")
     whole, tiles = ours.decode(z), ours.decode(z, tile=16)
     stride = 12 * ours.config.downscale  # a tile of 16 advances by 12
