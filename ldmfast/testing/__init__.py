@@ -1,1 +1,1 @@
-"""Scenes with captions, and a judge that reads them back from pixels: how the shipped model's quality is measured."""
+"""Captioned scenes, and a judge that reads them back from pixels: how a model's quality is measured."""

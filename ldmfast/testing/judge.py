@@ -85,7 +85,7 @@ def _read(images: Tensor) -> list[Reading]:
 
 def _components(mask: Tensor) -> Tensor:
     """Labels > 0 of the 8-connected components of (n, h, w) masks, 0 outside."""
-    n, h, w = mask.shape
+    h, w = mask.shape[1:]
     labels = (torch.arange(1, h * w + 1, dtype=torch.float32).view(1, h, w) * mask).unsqueeze(1)
     while True:
         grown = F.max_pool2d(labels, 3, 1, 1) * mask.unsqueeze(1)

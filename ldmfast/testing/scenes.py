@@ -158,7 +158,7 @@ def _draw_equal(rng: random.Random, background: tuple[str, ...], count: int) -> 
         spots = [(rng.uniform(20, 44), rng.uniform(20, 44))]
     elif count == 2:
         word, radius = _draw_size(rng, 0.15)
-        spots = [(x + rng.uniform(-2, 2), rng.uniform(27, 37)) for x in (17, 47)]
+        spots = [(x + rng.uniform(-1.5, 1.5), rng.uniform(27, 37)) for x in (16, 48)]
     else:  # one above two, or two above one
         word, radius = None, rng.uniform(8.5, 11)
         flip = rng.random() < 0.5

@@ -57,7 +57,7 @@ SCHEDULE: dict[str, Any] = dict(
     prediction_type="v_prediction",
 )
 SAMPLING: dict[str, Any] = dict(
-    clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing", steps_offset=0
+    clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing", steps_offset=1
 )
 
 

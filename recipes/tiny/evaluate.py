@@ -15,12 +15,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from common import psnr
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from ldmfast.testing.captions import expected_of
-from ldmfast.testing.judge import judge
-from ldmfast.testing.scenes import render, sample_scenes
+from ldmfast.testing.judge import read, verdict
+from ldmfast.testing.scenes import Scene, render, sample_scenes
 
 ATTRIBUTES = ("background", "count", "colour", "shape", "size", "relation")
 
@@ -62,6 +63,18 @@ def contact_sheet(images: Tensor, path: Path, columns: int = 8) -> None:
     picture.resize((picture.width * 2, picture.height * 2), 0).save(path)
 
 
+@torch.inference_mode()
+def reconstructions(vae: torch.nn.Module, scenes: list[Scene]) -> dict[str, dict[str, float]]:
+    """What the judge reads from the drawings, and from them after the autoencoder (printing its PSNR)."""
+    drawn = render(scenes)
+    again = torch.cat([vae.decode(vae.encode(x).latent_dist.mode()).sample for x in drawn.split(64)]).clamp(-1, 1)
+    rows = {}
+    for name, pictures in (("drawn", drawn), ("autoencoder", again)):
+        rows[name] = table([verdict(r, expected_of(s)) for r, s in zip(read(pictures), scenes)])
+    print(f"autoencoder: {psnr(again, drawn):.2f} dB", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a diffusers folder")
@@ -73,6 +86,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0])
     parser.add_argument("--spacing", default=None, help="timestep spacing other than the folder's")
     parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
+    parser.add_argument("--reconstruct", action="store_true", help="also judge drawings and reconstructions")
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -88,19 +102,24 @@ def main() -> None:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=args.spacing)
     scenes = sample_scenes(args.count, seed=2024, split=args.split, style=args.style)
     wanted = [expected_of(scene) for scene in scenes]
-    rows = {"drawn": table(judge(render(scenes), wanted))}
+    shuffled = random.Random(0).sample(wanted, len(wanted))
+    rows = {}
     for guidance in args.guidance:
         images = generate(pipe, [scene.caption for scene in scenes], guidance, args.steps, bf16=not args.fp32)
-        rows[f"guidance {guidance:g}"] = table(judge(images, wanted))
-        shuffled = random.Random(0).sample(wanted, len(wanted))
-        rows[f"guidance {guidance:g}, wrong captions"] = table(judge(images, shuffled))
+        readings = read(images)
+        rows[f"guidance {guidance:g}"] = table([verdict(r, w) for r, w in zip(readings, wanted)])
+        rows[f"guidance {guidance:g}, wrong captions"] = table([verdict(r, w) for r, w in zip(readings, shuffled)])
         if args.sheet:
             contact_sheet(images[:64], args.sheet)
+    if args.reconstruct:
+        rows |= reconstructions(pipe.vae, scenes)
     for name, shares in rows.items():
         print(f"{name:32}" + " ".join(f"{key} {100 * value:5.1f}" for key, value in shares.items()), flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"captions": args.count, "split": args.split, "steps": args.steps,
-                                         "rows": rows}, indent=2) + "\n")
+        shipped = next(iter(rows.values()))
+        record = {"captions": args.count, "split": args.split, "style": args.style, "steps": args.steps,
+                  "guidance": args.guidance[0], "shipped": shipped, "rows": rows}
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

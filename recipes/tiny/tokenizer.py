@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -33,7 +34,7 @@ def byte_symbols() -> list[str]:
 def _merged(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Byte-pair encoding: joins the best-ranked neighbours until no known pair is left."""
     while True:
-        pairs = [(ranks[pair], pair) for pair in zip(symbols, symbols[1:]) if pair in ranks]
+        pairs = [(ranks[pair], pair) for pair in pairwise(symbols) if pair in ranks]
         if not pairs:
             return symbols
         best, out, i = min(pairs)[1], [], 0

@@ -55,7 +55,7 @@ class TextToLatent(nn.Module):
         # at these sizes.
         config._attn_implementation = "eager"
         self.text = CLIPTextModel(config)
-        self.unet = use_fast_norm(UNet2DConditionModel(**UNET_CONFIG)).to(memory_format=torch.channels_last)
+        self.unet = UNet2DConditionModel(**UNET_CONFIG).to(memory_format=torch.channels_last)
         self.unet.set_attn_processor(AttnProcessor())
 
     def forward(self, z: Tensor, t: Tensor, ids: Tensor) -> Tensor:
@@ -149,13 +149,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--drop", type=float, default=0.1, help="share of empty captions")
     parser.add_argument("--pool", type=int, default=65536)
-    parser.add_argument("--refresh", type=int, default=512, help="fresh scenes every 16 iterations, all workers together")
+    parser.add_argument("--initial", type=int, default=16384, help="scenes encoded before the first iteration")
+    parser.add_argument("--refresh", type=int, default=512, help="fresh scenes every 16 iterations")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between checkpoints")
     return parser.parse_args()
 
 
-def loss_of(model: TextToLatent, z: Tensor, ids: Tensor, alphas: Tensor, generator: torch.Generator) -> Tensor:
+def loss_of(model: nn.Module, z: Tensor, ids: Tensor, alphas: Tensor, generator: torch.Generator) -> Tensor:
     """Mean squared error of v = a eps - s z0 (Salimans and Ho 2022, appendix D), per picture, fp32."""
     t = stratified_times(len(z), generator)
     a, s = (x[t].view(-1, 1, 1, 1) for x in (alphas.sqrt(), (1 - alphas).sqrt()))
@@ -175,6 +177,8 @@ def main() -> None:
     model = TextToLatent(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
     print({name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}, flush=True)
     encoder = Encoder(load_vae(args.folder), tokenizer)
+    # Compiled: 1.55 times the speed of eager here, after minutes of compilation (cached for restarts).
+    network = torch.compile(model, dynamic=False) if args.compile else use_fast_norm(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = Ema(model, args.ema)
     alphas = DDIMScheduler(**SCHEDULE).alphas_cumprod
@@ -188,7 +192,7 @@ def main() -> None:
     # A restart draws on where the seeds of the first start would never come: it does not repeat.
     generator = torch.Generator().manual_seed(args.seed + rank + 1000 * step)
     seed = 100_000_000 * (1 + args.seed) + 50_000_000 * rank + 10 * step
-    pool = Pool(*encoder.fresh(16384 // world, seed))
+    pool = Pool(*encoder.fresh(args.initial // world, seed))
     empty = encoder.tokens([""])
     log = Log(args.folder / "unet.csv", ("step", "samples", "loss", "low", "mid", "high", "lr", "seconds"))
     progress = Progress(args.steps, args.deadline, spent)
@@ -202,7 +206,7 @@ def main() -> None:
             pool = pool.refreshed(encoder.fresh(args.refresh // world, seed), args.pool // world)
         z, ids = pool.batch(args.batch // world, generator)
         ids = torch.where(torch.rand(len(ids), 1, generator=generator) < args.drop, empty, ids)
-        losses = loss_of(model, z, ids, alphas, generator)
+        losses = loss_of(network, z, ids, alphas, generator)
         losses.mean().backward()
         average_gradients(model.parameters())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
