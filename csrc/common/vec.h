@@ -55,7 +55,15 @@ using Vector = typename VectorOf<A>::type;
 template <class A>
 constexpr int kLanes = kVectorBytes / int(sizeof(A));
 
-inline F splat(float x) { return F{} + x; }
+inline F splat(float x) {  // as intrinsics, so that a number from memory is broadcast by the load
+#if defined(__AVX512F__)
+  return (F)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (F)_mm256_set1_ps(x);
+#else
+  return F{} + x;
+#endif
+}
 inline D splat(double x) { return D{} + x; }
 
 // ---- one number ----
@@ -182,11 +190,24 @@ inline double sum(D v) {
   for (int i = 0; i < kLanes<double>; ++i) total += v[i];
   return total;
 }
-inline F max(F a, F b) { return a > b ? a : b; }
+// The larger of two; b where either is NaN.
+inline F max(F a, F b) {
+#if defined(__AVX512F__)
+  return (F)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 inline float max(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float top = v[0];
   for (int i = 1; i < kLanes<float>; ++i) top = v[i] > top ? v[i] : top;
   return top;
+#endif
 }
 
 // 2^n for whole numbers n in [-126, 127], given as integers.
