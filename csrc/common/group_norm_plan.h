@@ -34,7 +34,7 @@ struct GroupNormPlan {
   static constexpr int kMaxTileGroups = 256;             // statistics of a tile's groups fit in 3 KB of shared memory
   static constexpr int kMaxOnePassWidth = 512;           // channels whose parameters are kept beside the group
   static constexpr int64_t kOnePassBytes = 32 * 1024;    // with those (12 KB in fp64) within the 48 KB that need no
-                                                         // opt-in, and five blocks on a multiprocessor
+                                                         // opt-in, and three blocks on a multiprocessor at 80 registers
   static constexpr int64_t kScalarOnePass = 2048;        // elements: 8 loads a thread, where width does not matter
 
   int64_t batch = 0, channels = 0, pixels = 0, groups = 0, width = 0;  // width: channels of a group

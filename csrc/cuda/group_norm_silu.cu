@@ -50,7 +50,7 @@ __device__ __forceinline__ T finish(T x, const Affine<A>& f, bool with_silu) {
 // One block, one group; x, out: (batch, channels, pixels) in the plan's order. Loads are numbered row by row: a row is
 // a pixel's channels of this group (channels-last) or a channel's pixels.
 template <class T, int V, bool kLast>
-__global__ void __launch_bounds__(kThreads, 4) one_pass_kernel(const T* x, T* out, const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, 3) one_pass_kernel(const T* x, T* out, const __grid_constant__ Arguments a) {
   using A = Acc<T>;
   extern __shared__ uint4 kept[];
   __shared__ Affine<A> channel[GroupNormPlan::kMaxOnePassWidth];
