@@ -40,7 +40,7 @@ def resources() -> Any:
 @needs_nvcc
 @pytest.mark.parametrize("source", SOURCES)
 def test_compiles_without_spills(source: str) -> None:
-    """Every architecture: the one-pass GroupNorm once fitted sm_80 and sm_90a in 64 registers and spilled on sm_100a."""
+    """Every architecture: 64 registers once held the one-pass GroupNorm on sm_80 and sm_90a, and spilled on sm_100a."""
     tool = resources()
     found = tool.nvcc_resources(ROOT / f"csrc/cuda/{source}.cu", tool.NVCC_ARCHS)
     assert {r.arch for r in found} == set(tool.NVCC_ARCHS)
