@@ -1,12 +1,9 @@
 """Builds the native parts with ninja. A part that cannot be built is left out with a warning, never an
 error: the package then runs on its references, and ldmfast.info() repeats the reason.
 
-LDMFAST_CUDA=0|1    leave CUDA out, or insist on it (default: built where nvcc is found)
-LDMFAST_CUDA_ARCHS  default "80 90a 100a"
-LDMFAST_SANITIZE=1  address and undefined-behaviour sanitizers
+LDMFAST_CUDA=0|1: leave CUDA out, or insist on it (default: built where nvcc is found). LDMFAST_CUDA_ARCHS: default
+"80 90a 100a". LDMFAST_SANITIZE=1: address and undefined-behaviour sanitizers.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import json
@@ -23,23 +20,21 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+KIND = "sanitize" if os.environ.get("LDMFAST_SANITIZE") == "1" else "native"
 ARCHS = os.environ.get("LDMFAST_CUDA_ARCHS", "80 90a 100a")
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the oldest torch that the library serves: 2.10
 WARN = "-Wall -Wextra -Wno-attributes -Wno-maybe-uninitialized"  # the last two come from system headers
 PLAIN = "-O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-V4 = "-march=x86-64-v4 -mprefer-vector-width=512"
-DOT = "-mavx512bf16 -mavx512vnni"
+V4, DOT = "-march=x86-64-v4 -mprefer-vector-width=512", "-mavx512bf16 -mavx512vnni"
 LEVELS = {  # lowest first: the linker keeps the first copy of a shared inline function (csrc/common/stable.h)
     "x86_64": {
         "generic": "-march=x86-64",
         "avx2": "-march=x86-64-v3",
         "avx512": V4,
         "avx512_bf16": f"{V4} {DOT}",
-        "amx": f"{V4} {DOT} -mamx-tile -mamx-bf16 -mamx-int8",
-    },
-    "aarch64": {"generic": "", "neon": "-march=armv8.2-a+fp16"},
-}
+        "amx": f"{V4} {DOT} -mamx-tile -mamx-bf16 -mamx-int8"},
+    "aarch64": {"generic": "", "neon": "-march=armv8.2-a+fp16"}}
 EXTENSION = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 LIBRARIES = {"cpu": "libldmfast_ops.so", "cuda": "libldmfast_cuda.so", "host": EXTENSION}
 DEPS = ["  depfile = $out.d", "  deps = gcc"]
@@ -51,29 +46,27 @@ class Skip(Exception):
 
 def tool(env: str, *names: str) -> str:
     wanted = [os.environ[env]] if os.environ.get(env) else list(names)
-    if not (found := [path for path in map(shutil.which, wanted) if path]):
+    if not (found := list(filter(None, map(shutil.which, wanted)))):
         raise Skip(f"no {' or '.join(wanted)} found")
     return found[0]
 
 
 def package_dir(name: str) -> Path:
-    if (spec := importlib.util.find_spec(name)) is None or spec.origin is None:
-        raise Skip(f"python package {name} is not installed")
-    return Path(spec.origin).parent
+    if (spec := importlib.util.find_spec(name)) and spec.origin:
+        return Path(spec.origin).parent
+    raise Skip(f"python package {name} is not installed")
 
 
 class Plan:
     """The ninja file of one part: one rule a compiler, one statement an object."""
-
     def __init__(self, part: str) -> None:
         self.text = [f"builddir = {part}"]
         self.cxx, torch = tool("CXX", "g++", "c++", "clang++"), package_dir("torch")
-        self.sanitize = os.environ.get("LDMFAST_SANITIZE") == "1"
-        self.flags = f"-std=c++17 -fPIC -fvisibility=hidden {WARN} {SANITIZE if self.sanitize else PLAIN}"
+        self.flags = f"-std=c++17 -fPIC -fvisibility=hidden {WARN} {PLAIN if KIND == 'native' else SANITIZE}"
         self.include = f"-I{ROOT / 'csrc'} -isystem {torch / 'include'}"
         self.libtorch = f"-L{torch / 'lib'} -ltorch -ltorch_cpu -lc10"
-        levels = LEVELS.get(platform.machine(), {"generic": ""}).items()
-        self.levels = {name: flags for name, flags in levels if self.takes(flags)}
+        levels = LEVELS.get(platform.machine(), {"generic": ""})
+        self.levels = {name: flags for name, flags in levels.items() if self.takes(flags)}
         self.have = " ".join(f"-DLDMFAST_HAVE_{name.upper()}" for name in self.levels)
         self.rule("cxx", f"{self.cxx} {self.flags} {self.include} $flags", compiles=True)
         self.rule("link", f"{self.cxx} {self.flags} -shared $in $flags -o $out")
@@ -86,34 +79,33 @@ class Plan:
         command += " -MMD -MF $out.d -c $in -o $out" if compiles else ""
         self.text += [f"rule {name}", f"  command = {command}", *DEPS[: 2 * compiles]]
 
-    def add(self, out: str, rule: str, inputs: list[str], flags: str = "") -> str:
-        self.text += [f"build {out}: {rule} {' '.join(inputs)}", f"  flags = {flags}"]
+    def add(self, out: str, rule: str, inputs: list[object], flags: str = "") -> str:
+        self.text += [f"build {out}: {rule} {' '.join(map(str, inputs))}", f"  flags = {flags}"]
         return out
 
     def cpu(self) -> None:
         sources, objects = sorted((ROOT / "csrc/cpu").glob("*.cpp")), []
         for i, (level, flags) in enumerate(self.levels.items()):
-            flags += f" {TARGET} {self.have} -DLDMFAST_LEVEL={level}" + ("" if i else " -DLDMFAST_REGISTERS")
-            objects += [self.add(f"{s.stem}.{level}.o", "cxx", [str(s)], flags) for s in sources]
+            flags += f" {TARGET} {self.have} -DLDMFAST_LEVEL={level}{'' if i else ' -DLDMFAST_REGISTERS'}"
+            objects += [self.add(f"{s.stem}.{level}.o", "cxx", [s], flags) for s in sources]
         self.add(LIBRARIES["cpu"], "link", objects, self.libtorch)
 
     def host(self) -> None:
-        flags = f"{self.have} '-DLDMFAST_CUDA_ARCHS=\"{ARCHS}\"' -DLDMFAST_SANITIZED={int(self.sanitize)}"
+        flags = f"{self.have} '-DLDMFAST_CUDA_ARCHS=\"{ARCHS}\"' -DLDMFAST_SANITIZED={int(KIND != 'native')}"
         flags += f" -isystem {package_dir('pybind11') / 'include'} -isystem {sysconfig.get_paths()['include']}"
-        objects = [self.add("module.o", "cxx", [str(ROOT / "csrc/host/module.cpp")], flags)]
-        self.add(LIBRARIES["host"], "link", objects)
+        self.add(EXTENSION, "link", [self.add("module.o", "cxx", [ROOT / "csrc/host/module.cpp"], flags)])
 
     def cuda(self) -> None:
+        if os.environ.get("LDMFAST_CUDA") == "0":
+            raise Skip("left out by LDMFAST_CUDA=0")
         nvcc, sources = tool("NVCC", "nvcc"), sorted((ROOT / "csrc/cuda").glob("*.cu"))
-        if os.environ.get("LDMFAST_CUDA") == "0" or not sources:
-            raise Skip("left out by LDMFAST_CUDA=0" if sources else "csrc/cuda holds no kernels")
         code = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in ARCHS.split())
         flags = f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr {TARGET} -DUSE_CUDA"
         self.rule("nvcc", f"{nvcc} {flags} {self.include} {code}", compiles=True)
         self.rule("nvlink", f"{nvcc} -shared -cudart shared $in {self.libtorch} -o $out")
-        # libtorch_cuda.so is named as needed without being here: a CPU build of torch does not ship it
+        # a CPU build of torch does not ship libtorch_cuda.so: an empty one stands in for the linker
         self.rule("stub", f"{self.cxx} -shared -Wl,-soname,libtorch_cuda.so -o $out -x c++ {os.devnull}")
-        objects = [self.add(f"{s.stem}.cuda.o", "nvcc", [str(s)]) for s in sources]
+        objects = [self.add(f"{s.stem}.cuda.o", "nvcc", [s]) for s in sources]
         self.add(LIBRARIES["cuda"], "nvlink", [*objects, self.add("stub/libtorch_cuda.so", "stub", [])])
 
 
@@ -121,11 +113,10 @@ def build(part: str, out: Path, package: Path) -> str:
     """Builds one part and puts it into the package. Returns "built", or why it is not there."""
     target = package / LIBRARIES[part]
     try:
-        plan = Plan(part)
-        getattr(plan, part)()
+        getattr(plan := Plan(part), part)()
         (out / f"{part}.ninja").write_text("\n".join(plan.text) + "\n")
-        done = subprocess.run([sys.executable, "-m", "ninja", "-C", out, "-f", f"{part}.ninja", target.name],
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [sys.executable, "-m", "ninja", "-C", out, "-f", f"{part}.ninja", target.name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise Skip(f"the compiler failed: {done.stdout.strip()[-1500:]}")
         shutil.copy2(out / target.name, package / ".new")
@@ -133,7 +124,7 @@ def build(part: str, out: Path, package: Path) -> str:
         return "built"
     except (Skip, OSError) as error:
         if part == "cuda" and os.environ.get("LDMFAST_CUDA") == "1":
-            raise SystemExit(f"LDMFAST_CUDA=1: {error}") from error
+            sys.exit(f"LDMFAST_CUDA=1: {error}")
         target.unlink(missing_ok=True)  # no older build in its place
         return str(error)
 
@@ -141,15 +132,13 @@ def build(part: str, out: Path, package: Path) -> str:
 class BuildNative(build_ext):
     def run(self) -> None:
         package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "ldmfast"
-        kind = "sanitize" if os.environ.get("LDMFAST_SANITIZE") == "1" else "native"
-        out = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-{platform.machine()}"
+        out = ROOT / "build" / f"{KIND}-{sys.implementation.cache_tag}-{platform.machine()}"
         out.mkdir(parents=True, exist_ok=True)
         package.mkdir(parents=True, exist_ok=True)
         record = {part: build(part, out, package) for part in LIBRARIES}
         (package / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
-        for part in ("cpu", "host"):
-            if record[part] != "built":
-                warnings.warn(f"ldmfast: no compiled {part} part: {record[part]}", stacklevel=1)
+        for part in [p for p in ("cpu", "host") if record[p] != "built"]:
+            warnings.warn(f"ldmfast: no compiled {part} part: {record[part]}", stacklevel=1)
 
 
 setup(

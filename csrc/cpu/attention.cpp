@@ -355,7 +355,7 @@ void run_double(const Problem& p, double* out) {
     return data<double>(t) + b * t.stride(0) + i * t.stride(1) + h * t.stride(2);
   };
   parallel_for(0, p.batch * p.queries * p.heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> weights(static_cast<size_t>(p.keys));
+    std::vector<double> weights(static_cast<size_t>(p.keys)), part(static_cast<size_t>(p.width + 1));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t h = task % p.heads, i = task / p.heads % p.queries, b = task / p.heads / p.queries;
       const int64_t kv = h / (p.heads / p.kv_heads), seen = p.visible(i);
@@ -379,11 +379,17 @@ void run_double(const Problem& p, double* out) {
       double* to = out + task * p.width;
       std::fill(to, to + p.width, 0.0);
       if (top == -std::numeric_limits<double>::infinity()) continue;
-      for (int64_t j = 0; j < seen; ++j) total += weights[size_t(j)] = std::exp(weights[size_t(j)] - top);
-      for (int64_t j = 0; j < seen; ++j) {
-        const double w = weights[size_t(j)] / total, *v = at(p.v, b, j, kv);
-        for (int64_t d = 0; d < p.width; ++d) to[d] += w * v[d];
+      for (int64_t first = 0; first < seen; first += 64) {  // sums of blocks round less than one long sum
+        std::fill(part.begin(), part.end(), 0.0);
+        for (int64_t j = first; j < std::min(seen, first + 64); ++j) {
+          const double w = std::exp(weights[size_t(j)] - top), *v = at(p.v, b, j, kv);
+          part.back() += w;
+          for (int64_t d = 0; d < p.width; ++d) part[size_t(d)] += w * v[d];
+        }
+        total += part.back();
+        for (int64_t d = 0; d < p.width; ++d) to[d] += part[size_t(d)];
       }
+      for (int64_t d = 0; d < p.width; ++d) to[d] /= total;
     }
   });
 }

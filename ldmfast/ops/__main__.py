@@ -37,7 +37,7 @@ def table() -> list[dict[str, str]]:
         entry = {"op": name, "schema": row.schema, "reference": "any device"}
         exists = {
             "cpp": row.has_kernel("cpu") or (root is not None and (root / f"csrc/cpu/{name}.cpp").exists()),
-            "cuda": root is not None and (root / f"csrc/cuda/{name}.cu").exists() or row.live("cuda") == "cuda",
+            "cuda": row.live("cuda") == "cuda" or (root is not None and (root / f"csrc/cuda/{name}.cu").exists()),
             "triton": _load.kernel_file(name).exists(),
         }
         for backend, there in exists.items():

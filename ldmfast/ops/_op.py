@@ -82,7 +82,12 @@ def case(name: str, tags: str, make: Callable[[Draw], tuple[Any, ...]]) -> Case:
 
 @dataclass(frozen=True)
 class Op:
-    """One row. ``reference`` is the only oracle; it computes in fp32, or in fp64 when its input is fp64."""
+    """One row.
+
+    ``reference`` is the only oracle; it computes in fp32, or in fp64 when its input is fp64. ``peer`` is what a user
+    of torch writes instead, in the tensors' own dtype: its error bounds what a kernel may have, and its time is what
+    a benchmark compares with.
+    """
 
     name: str
     schema: str
@@ -90,6 +95,7 @@ class Op:
     fake: Callable[..., Tensor] = field(repr=False)
     cases: Callable[[], Iterable[Case]] = field(repr=False)
     cost: Callable[..., Cost] = field(repr=False)
+    peer: Callable[..., Tensor] = field(repr=False)
 
     @property
     def overload(self) -> Any:

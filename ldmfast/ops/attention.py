@@ -47,6 +47,19 @@ def reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
     return out
 
 
+def peer(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool,
+         block_size: int) -> Tensor:
+    mask = None if bias is None else bias.to(q.dtype)
+    if causal:
+        seen = visible(q.shape[1], k.shape[1], block_size, q.device, k.shape[1] - q.shape[1])
+        hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -math.inf)
+        mask = hidden if mask is None else mask + hidden
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2])
+    return out.transpose(1, 2)
+
+
 def fake(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool,
          block_size: int) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))
@@ -107,7 +120,7 @@ def cases() -> Iterator[Case]:
 
 
 _call = register(Op("attention", "(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, bool causal, "
-                    "int block_size) -> Tensor", reference, fake, cases, cost))
+                    "int block_size) -> Tensor", reference, fake, cases, cost, peer))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

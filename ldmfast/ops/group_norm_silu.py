@@ -32,6 +32,14 @@ def reference(x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor |
     return torch.empty_like(x, memory_format=memory_format(x)).copy_(y)
 
 
+def peer(x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor | None, bias: Tensor | None,
+         eps: float, silu: bool) -> Tensor:
+    if shift is not None:
+        x = x + shift.reshape(*shift.shape, *(1,) * (x.ndim - 2))
+    y = torch.nn.functional.group_norm(x, num_groups, weight, bias, eps)
+    return torch.nn.functional.silu(y) if silu else y
+
+
 def fake(x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor | None, bias: Tensor | None,
          eps: float, silu: bool) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
@@ -77,7 +85,7 @@ def cases() -> Iterator[Case]:
 
 
 _call = register(Op("group_norm_silu", "(Tensor x, Tensor? shift, int num_groups, Tensor? weight, "
-                    "Tensor? bias, float eps, bool silu) -> Tensor", reference, fake, cases, cost))
+                    "Tensor? bias, float eps, bool silu) -> Tensor", reference, fake, cases, cost, peer))
 
 
 def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from ..errors import ShapeError
 from ._op import Case, Cost, Draw, Op, accumulator, case, nbytes, numel, register, shape_of
@@ -28,6 +29,17 @@ def reference(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Ten
     if shift is not None:
         y = y + shift.to(dtype).unsqueeze(1)
     return y.reshape(x.shape).to(x.dtype)
+
+
+def peer(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+         eps: float) -> Tensor:
+    y = layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if scale is None and shift is None:
+        return y
+    y = y.reshape(numel(x.shape[:-2]), *x.shape[-2:])
+    y = y if scale is None else y * (1 + scale.unsqueeze(1))
+    y = y if shift is None else y + shift.unsqueeze(1)
+    return y.reshape(x.shape)
 
 
 def fake(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None, bias: Tensor | None,
@@ -71,7 +83,7 @@ def cases() -> Iterator[Case]:
 
 
 _call = register(Op("layer_norm_modulate", "(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, "
-                    "Tensor? bias, float eps) -> Tensor", reference, fake, cases, cost))
+                    "Tensor? bias, float eps) -> Tensor", reference, fake, cases, cost, peer))
 
 
 def _condition(name: str, p: Tensor | None, x: Tensor) -> Tensor | None:

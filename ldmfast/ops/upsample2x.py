@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..errors import ShapeError
 from ._op import Case, Cost, Op, case, memory_format, nbytes, register, shape_of
@@ -13,6 +14,10 @@ from ._op import Case, Cost, Op, case, memory_format, nbytes, register, shape_of
 def reference(x: Tensor) -> Tensor:
     doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     return doubled.contiguous(memory_format=memory_format(x))
+
+
+def peer(x: Tensor) -> Tensor:
+    return interpolate(x, scale_factor=2.0, mode="nearest") if x.numel() else fake(x)
 
 
 def fake(x: Tensor) -> Tensor:
@@ -42,7 +47,7 @@ def cases() -> Iterator[Case]:
     yield case("no_pixels", "empty", make(2, 8, 0, 4))
 
 
-_call = register(Op("upsample2x", "(Tensor x) -> Tensor", reference, fake, cases, cost))
+_call = register(Op("upsample2x", "(Tensor x) -> Tensor", reference, fake, cases, cost, peer))
 
 
 def upsample2x(x: Tensor) -> Tensor:

@@ -1,0 +1,88 @@
+"""Is a kernel as exact as it must be? Shared by test_ops.py and, through ``python tests/parity.py``, by the run of
+every instruction-set level in a process of its own.
+
+A kernel's error against the float64 reference may be twice that of torch's own implementation in the same dtype
+(``row.peer``), plus a rounding band of one unit in the last place of the largest result. For fp64 there is no better
+reference, so torch's fp32 error is scaled by the ratio of the two dtypes' rounding.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmfast import ops
+from ldmfast.ops._op import Case, Op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def cast(args: Any, dtype: torch.dtype) -> Any:
+    """The arguments with every floating tensor in another dtype (the float64 coefficient table stays)."""
+    if isinstance(args, Tensor):
+        return args.to(dtype) if args.is_floating_point() else args
+    if isinstance(args, (list, tuple)):
+        return type(args)(cast(a, dtype) for a in args)
+    return args
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    difference = (a.double() - b.double()).abs()
+    return float(difference[torch.isfinite(difference)].max()) if difference.numel() else 0.0
+
+
+def low_precision(row: Op, args: Any) -> Tensor:
+    if any(isinstance(a, Tensor) and a.numel() == 0 for a in args):
+        return row.reference(*args)
+    table = args[:1] if row.name == "lincomb" else ()
+    try:
+        return row.peer(*args)
+    except RuntimeError:  # torch has no such kernel for mixed or odd dtypes: one dtype for all
+        return row.peer(*table, *cast(args[len(table):], torch.float32))
+
+
+def allowed(row: Op, args: Any, dtype: torch.dtype, exact: Tensor) -> float:
+    top = float(exact.abs().max()) if exact.numel() else 0.0
+    if dtype != torch.float64:
+        return 2 * distance(low_precision(row, args), exact) + torch.finfo(dtype).eps * top
+    keep = 1 if row.name == "lincomb" else 0
+    single = low_precision(row, (*args[:keep], *cast(args[keep:], torch.float32)))
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return ratio * 2 * distance(single, exact) + 2 * torch.finfo(dtype).eps * top
+
+
+def failure(row: Op, case: Case, dtype: torch.dtype, run: Any = None) -> str:
+    """Empty if the kernel (the live one unless ``run`` is given) is exact enough, otherwise what is wrong."""
+    args = case.args(dtype)
+    out = (run or row.overload)(*args)
+    expected = row.fake(*args)
+    if (out.shape, out.dtype) != (expected.shape, expected.dtype) or out.stride() != expected.stride():
+        return f"{out.dtype} {tuple(out.shape)} {out.stride()}, expected {expected.dtype} {tuple(expected.shape)} " \
+               f"{expected.stride()}"
+    exact = row.reference(*cast(args, torch.float64))
+    if not torch.equal(torch.isnan(out), torch.isnan(exact)):
+        return "NaN where the reference has a number"
+    error = distance(out, exact)
+    limit = allowed(row, args, dtype, exact)
+    return "" if error <= limit else f"error {error:.3g}, allowed {limit:.3g}"
+
+
+def small_cases(row: Op) -> list[Case]:
+    return [case for case in row.cases() if "big" not in case.tags]
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    failures = [f"{row.name} {case.name} {dtype}: {text}"
+                for row in ops.ROWS.values() for case in small_cases(row) if "network" not in case.tags
+                for dtype in DTYPES if (text := failure(row, case, dtype))]
+    live = {row.live("cpu") for row in ops.ROWS.values()}
+    print("\n".join(failures) or f"all exact, live: {', '.join(sorted(live))}")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
