@@ -91,29 +91,33 @@ def is_held_out(scene: Scene) -> bool:
     return zlib.crc32(key.encode()) % 10 == 0
 
 
-def sample_scenes(n: int, seed: int, split: str = "train", style: str = "varied") -> list[Scene]:
+def sample_scenes(
+    n: int, seed: int, split: str = "train", style: str = "varied", pairs: float = 0.6
+) -> list[Scene]:
     """`n` scenes with captions, a function of the arguments alone.
 
     split: "train", "heldout" (see `is_held_out`) or "all". style: "varied" captions or "plain" ones of
-    the form "a red circle above a blue square". Raises ValueError for another split or style.
+    the form "a red circle above a blue square". pairs: the share of scenes with two
+    different objects; the others have one to three equal ones. Raises ValueError for another split or style.
     """
     if split not in ("train", "heldout", "all"):
         raise ValueError(f"split {split!r} is not one of train, heldout, all")
     rng = random.Random(seed)
     scenes: list[Scene] = []
     while len(scenes) < n:
-        scene = _draw(rng)
+        scene = _draw(rng, pairs)
         if split == "all" or is_held_out(scene) == (split == "heldout"):
             scenes.append(write_caption(scene, rng, style))
     return scenes
 
 
-def _draw(rng: random.Random) -> Scene:
+def _draw(rng: random.Random, pairs: float) -> Scene:
     kind = rng.random()
     background = _draw_background(rng)
-    if kind < 0.60:
+    if kind < pairs:
         return _draw_pair(rng, background)
-    return _draw_equal(rng, background, 1 if kind < 0.74 else 2 if kind < 0.87 else 3)
+    rest = (kind - pairs) / (1 - pairs)
+    return _draw_equal(rng, background, 1 if rest < 0.35 else 2 if rest < 0.675 else 3)
 
 
 def _draw_background(rng: random.Random) -> tuple[str, ...]:

@@ -64,6 +64,12 @@ def main() -> None:
     # The slow CLIP files are enough for transformers and for us; tokenizer.json only repeats them.
     build_tokenizer(args.out / "tokenizer")
     (args.out / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    # transformers loads in the dtype that the config names: without this the text encoder would come up in
+    # fp16 beside an fp32 UNet, and the pipeline of diffusers fails.
+    config = args.out / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    for path in args.out.rglob("*.safetensors"):
+        path.chmod(0o644)
     defaults = {**DEFAULTS, "guidance_scale": args.guidance}
     (args.out / "ldmfast.json").write_text(json.dumps(defaults, indent=2) + "\n")
     write_sums(args.out)
