@@ -1,0 +1,159 @@
+"""Times every op here: each live backend against what a torch user writes, interleaved in one run.
+
+For every row and case it measures our kernel and ``row.peer`` (torch's own way) in turn, call by call, so that a busy
+machine slows both alike, and takes medians. The share of the roofline is the least time that the op's bytes and
+floating-point operations allow (``row.cost``), at the copy bandwidth and matmul rate measured in the same run, over
+the time it took.
+
+    python bench/ops.py                         # every network case, writes bench/results/<device>/ops.json
+    python bench/ops.py --op attention --dtype bfloat16 --repeats 15
+    python bench/ops.py --case sd15_64x64 --no-write
+
+Columns: ms of ours and of torch, their ratio (above 1 we are faster), and our share of the roofline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import ldmfast
+from ldmfast import ops
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def clock(device: str, call: Callable[[], Any]) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(device: str, calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each call, taken in turn; the order is reversed every other round."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(repeats):
+        for name in list(calls)[:: 1 if i % 2 else -1]:
+            times[name].append(clock(device, calls[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def roofline(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes per second of a large copy (read and write counted) and flop/s of a large matmul, measured here."""
+    n = 4096 if device == "cuda" else 1536
+    a = torch.randn(n, n, device=device).to(dtype)
+    source = torch.empty(1 << (28 if device == "cuda" else 25), dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    best = {name: min(clock(device, call) for _ in range(5))
+            for name, call in {"matmul": lambda: a @ a, "copy": lambda: target.copy_(source)}.items()}
+    return {"bytes_per_s": 2 * source.numel() * 4 / best["copy"], "flop_per_s": 2 * n**3 / best["matmul"]}
+
+
+def to_device(value: Any, device: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(v, device) for v in value)
+    return value
+
+
+def measure(row: Any, case: Any, dtype: torch.dtype, device: str, peak: dict[str, float],
+            repeats: int) -> dict[str, Any]:
+    args = to_device(case.args(dtype), device)
+    cost = row.cost(*args)
+    with torch.inference_mode():
+        found = medians(device, {"ours": lambda: row.overload(*args), "torch": lambda: row.peer(*args)}, repeats)
+    floor = max(cost.bytes / peak["bytes_per_s"], cost.flops / peak["flop_per_s"])
+    return {
+        "op": row.name, "case": case.name, "dtype": str(dtype)[6:], "backend": row.live(device),
+        "ms": round(found["ours"] * 1e3, 4), "torch_ms": round(found["torch"] * 1e3, 4),
+        "speedup": round(found["torch"] / found["ours"], 3), "roofline": round(floor / found["ours"], 3),
+        "gflops": round(cost.flops / found["ours"] / 1e9, 1), "gbytes": round(cost.bytes / found["ours"] / 1e9, 2),
+    }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return "cpu " + name.strip()
+
+
+def commit() -> str:
+    command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write(record: dict[str, Any]) -> Path:
+    slug = "-".join("".join(c if c.isalnum() else " " for c in record["device"].lower()).split())
+    path = RESULTS / slug / "ops.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", nargs="*", choices=sorted(ops.ROWS), help="only these ops")
+    parser.add_argument("--case", nargs="*", help="only these cases (default: every case tagged network)")
+    parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"],
+                        choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of both arms")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; each arm runs once a round")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    work = [(row, case, getattr(torch, dtype)) for dtype in options.dtype for _, row in sorted(ops.ROWS.items())
+            if not options.op or row.name in options.op for case in row.cases()
+            if (case.name in options.case if options.case else "network" in case.tags)]
+    peaks = {dtype: roofline(options.device, getattr(torch, dtype)) for dtype in options.dtype}
+    rows = []
+    for row, case, dtype in (progress := tqdm(work, unit="case", leave=False)):
+        progress.set_description(f"{row.name} {case.name}")
+        rows.append(measure(row, case, dtype, options.device, peaks[str(dtype)[6:]], options.repeats))
+    width = max((len(r["case"]) for r in rows), default=4)
+    print(f"{'op':20s} {'case':{width}s} {'dtype':9s} {'backend':9s} {'ms':>9s} {'torch':>9s} ratio  roofline")
+    for r in rows:
+        print(f"{r['op']:20s} {r['case']:{width}s} {r['dtype']:9s} {r['backend']:9s} {r['ms']:9.3f} "
+              f"{r['torch_ms']:9.3f} {r['speedup']:5.2f} {r['roofline']:8.0%}")
+    facts = ldmfast.info()
+    record = {"device": device_name(options.device), "commit": commit(), "torch": torch.__version__,
+              "ldmfast": facts["version"], "cpu_isa": facts["cpu_isa"], "threads": options.threads,
+              "repeats": options.repeats, "load_average": os.getloadavg()[0], "peaks": peaks, "rows": rows}
+    if not options.no_write:
+        print(f"written to {write(record)}")
+
+
+if __name__ == "__main__":
+    main()
