@@ -8,6 +8,7 @@ the time it took.
     python bench/ops.py                         # every network case, writes bench/results/<device>/ops.json
     python bench/ops.py --op attention --dtype bfloat16 --repeats 15
     python bench/ops.py --case sd15_64x64 --no-write
+    python bench/ops.py --busy                  # others use the machine too: one thread, its own CPU time
 
 Columns: ms of ours and of torch, their ratio (above 1 we are faster), and our share of the roofline.
 """
@@ -35,33 +36,35 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def clock(device: str, call: Callable[[], Any]) -> float:
+    """Seconds of one call; on "cpu-time" those that this thread really ran."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    now = time.thread_time if device == "cpu-time" else time.perf_counter
+    start = now()
     call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
-def medians(device: str, calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def medians(timer: str, calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each call, taken in turn; the order is reversed every other round."""
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(repeats):
         for name in list(calls)[:: 1 if i % 2 else -1]:
-            times[name].append(clock(device, calls[name]))
+            times[name].append(clock(timer, calls[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def roofline(device: str, dtype: torch.dtype) -> dict[str, float]:
+def roofline(timer: str, device: str, dtype: torch.dtype) -> dict[str, float]:
     """Bytes per second of a large copy (read and write counted) and flop/s of a large matmul, measured here."""
     n = 4096 if device == "cuda" else 1536
     a = torch.randn(n, n, device=device).to(dtype)
     source = torch.empty(1 << (28 if device == "cuda" else 25), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    best = {name: min(clock(device, call) for _ in range(5))
+    best = {name: min(clock(timer, call) for _ in range(5))
             for name, call in {"matmul": lambda: a @ a, "copy": lambda: target.copy_(source)}.items()}
     return {"bytes_per_s": 2 * source.numel() * 4 / best["copy"], "flop_per_s": 2 * n**3 / best["matmul"]}
 
@@ -74,12 +77,12 @@ def to_device(value: Any, device: str) -> Any:
     return value
 
 
-def measure(row: Any, case: Any, dtype: torch.dtype, device: str, peak: dict[str, float],
+def measure(row: Any, case: Any, dtype: torch.dtype, timer: str, device: str, peak: dict[str, float],
             repeats: int) -> dict[str, Any]:
     args = to_device(case.args(dtype), device)
     cost = row.cost(*args)
     with torch.inference_mode():
-        found = medians(device, {"ours": lambda: row.overload(*args), "torch": lambda: row.peer(*args)}, repeats)
+        found = medians(timer, {"ours": lambda: row.overload(*args), "torch": lambda: row.peer(*args)}, repeats)
     floor = max(cost.bytes / peak["bytes_per_s"], cost.flops / peak["flop_per_s"])
     return {
         "op": row.name, "case": case.name, "dtype": str(dtype)[6:], "backend": row.live(device),
@@ -127,21 +130,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of both arms")
     parser.add_argument("--repeats", type=int, default=7, help="rounds; each arm runs once a round")
+    parser.add_argument("--busy", action="store_true", help="one CPU thread, timed by the CPU time it got")
     parser.add_argument("--no-write", action="store_true", help="print only")
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
+    if options.busy:
+        options.device, options.threads = "cpu", 1
+    timer = "cpu-time" if options.busy else options.device
     torch.set_num_threads(options.threads)
     work = [(row, case, getattr(torch, dtype)) for dtype in options.dtype for _, row in sorted(ops.ROWS.items())
             if not options.op or row.name in options.op for case in row.cases()
             if (case.name in options.case if options.case else "network" in case.tags)]
-    peaks = {dtype: roofline(options.device, getattr(torch, dtype)) for dtype in options.dtype}
+    peaks = {dtype: roofline(timer, options.device, getattr(torch, dtype)) for dtype in options.dtype}
     rows = []
     for row, case, dtype in (progress := tqdm(work, unit="case", leave=False)):
         progress.set_description(f"{row.name} {case.name}")
-        rows.append(measure(row, case, dtype, options.device, peaks[str(dtype)[6:]], options.repeats))
+        rows.append(measure(row, case, dtype, timer, options.device, peaks[str(dtype)[6:]], options.repeats))
     width = max((len(r["case"]) for r in rows), default=4)
     print(f"{'op':20s} {'case':{width}s} {'dtype':9s} {'backend':9s} {'ms':>9s} {'torch':>9s} ratio  roofline")
     for r in rows:
@@ -149,7 +156,8 @@ def main() -> None:
               f"{r['torch_ms']:9.3f} {r['speedup']:5.2f} {r['roofline']:8.0%}")
     facts = ldmfast.info()
     record = {"device": device_name(options.device), "commit": commit(), "torch": torch.__version__,
-              "ldmfast": facts["version"], "cpu_isa": facts["cpu_isa"], "threads": options.threads,
+              "ldmfast": facts["version"], "cpu_isa": facts["cpu_isa"],
+              "threads": options.threads, "clock": "thread CPU time" if options.busy else "wall",
               "repeats": options.repeats, "load_average": os.getloadavg()[0], "peaks": peaks, "rows": rows}
     if not options.no_write:
         print(f"written to {write(record)}")
