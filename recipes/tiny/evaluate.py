@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a diffusers folder")
     parser.add_argument("--folder", type=Path, help="a run's folder instead: its EMA weights in fp32")
     parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--scenes", type=int, default=2024, help="seed of the scenes (1 chose the guidance)")
     parser.add_argument("--split", default="heldout")
     parser.add_argument("--style", default="varied")
     parser.add_argument("--steps", type=int, default=20)
@@ -90,17 +91,16 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(2)
     if args.folder:
         from export import load_pipeline
 
         pipe, step = load_pipeline(args.folder)
         print("iterations", step)
     else:
-        pipe = StableDiffusionPipeline.from_pretrained(args.model)
+        pipe = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
     if args.spacing:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=args.spacing)
-    scenes = sample_scenes(args.count, seed=2024, split=args.split, style=args.style)
+    scenes = sample_scenes(args.count, seed=args.scenes, split=args.split, style=args.style)
     wanted = [expected_of(scene) for scene in scenes]
     shuffled = random.Random(0).sample(wanted, len(wanted))
     rows = {}
