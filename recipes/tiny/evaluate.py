@@ -19,7 +19,7 @@ from common import psnr
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from ldmfast.testing.captions import expected_of
+from ldmfast.testing.captions import Expected, expected_of
 from ldmfast.testing.judge import read, verdict
 from ldmfast.testing.scenes import Scene, render, sample_scenes
 
@@ -52,6 +52,14 @@ def table(verdicts: list[dict[str, bool]]) -> dict[str, float]:
     shares["mean"] = sum(shares.values()) / len(shares)
     shares["all correct"] = sum(all(v.values()) for v in verdicts) / len(verdicts)
     return shares
+
+
+def counts(wanted: list[Expected]) -> dict[str, int]:
+    """How many captions state each attribute."""
+    stated = {name: len(wanted) for name in (*ATTRIBUTES, "all correct")}
+    stated["size"] = sum(any(item.size_word for item in want.items) for want in wanted)
+    stated["relation"] = sum(want.relation is not None for want in wanted)
+    return stated
 
 
 def contact_sheet(images: Tensor, path: Path, columns: int = 8) -> None:
@@ -118,7 +126,7 @@ def main() -> None:
     if args.json:
         shipped = next(iter(rows.values()))
         record = {"captions": args.count, "split": args.split, "style": args.style, "steps": args.steps,
-                  "guidance": args.guidance[0], "shipped": shipped, "rows": rows}
+                  "guidance": args.guidance[0], "counts": counts(wanted), "shipped": shipped, "rows": rows}
         args.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
