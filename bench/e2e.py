@@ -11,39 +11,26 @@ to bench/results/<device>/e2e.json.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
+from ops import commit, device_name, medians, write
 
 import ldmfast
 
-ROOT = Path(__file__).resolve().parent
 
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
-
-
-def arms(folder: Path, call: dict, seed: int) -> dict[str, Callable[[], object]]:
-    import diffusers
-
-    def theirs(dtype: torch.dtype) -> Callable[[], object]:
+def arms(folder: Path, call: dict, seed: int) -> dict[str, Callable[[], Any]]:
+    def theirs(dtype: torch.dtype) -> Callable[[], Any]:
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.set_progress_bar_config(disable=True)
         return lambda: pipe(**call, generator=torch.Generator().manual_seed(seed))
 
-    def ours(precision: str) -> Callable[[], object]:
+    def ours(precision: str) -> Callable[[], Any]:
         pipe = ldmfast.Pipeline.from_pretrained(folder, precision=precision)
         return lambda: pipe(**call, generator=seed, solver="ddim", progress=False)
 
@@ -59,34 +46,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=None, help="pixels; default: the model's own")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    from tqdm import tqdm
-
     call = {"prompt": args.prompt, "num_inference_steps": args.steps, "guidance_scale": 4.0, "height": args.size,
             "width": args.size, "output_type": "np"}
     runs = arms(args.model, call, 0)
-    for run in tqdm(runs.values(), desc="warm-up"):
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in tqdm(range(args.repeats), desc="repeats"):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    base = medians["diffusers fp32"]
-    for name, value in medians.items():
+    found = medians("cpu", runs, args.repeats)
+    base = found["diffusers fp32"]
+    for name, value in found.items():
         print(f"{name:16s} {value:8.3f} s   {base / value:5.2f}x")
-    import diffusers
-
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    record = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "diffusers": diffusers.__version__, "ldmfast": ldmfast.__version__, "commit": commit.stdout.strip(),
-              "model": args.model.name, "call": call, "seconds": seconds, "medians": medians}
-    folder = ROOT / "results" / "cpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"e2e-{args.model.name}.json"
-    target.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {target.relative_to(ROOT.parent)}")
+    record = {"device": device_name("cpu"), "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "diffusers": diffusers.__version__, "ldmfast": ldmfast.__version__, "commit": commit(),
+              "model": args.model.name, "call": call, "repeats": args.repeats, "medians_s": found}
+    print(f"written to {write(record, f'e2e-{args.model.name}.json')}")
 
 
 if __name__ == "__main__":

@@ -111,9 +111,9 @@ def commit() -> str:
         return "unknown"
 
 
-def write(record: dict[str, Any]) -> Path:
+def write(record: dict[str, Any], name: str) -> Path:
     slug = "-".join("".join(c if c.isalnum() else " " for c in record["device"].lower()).split())
-    path = RESULTS / slug / "ops.json"
+    path = RESULTS / slug / name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
@@ -160,7 +160,7 @@ def main() -> None:
               "threads": options.threads, "clock": "thread CPU time" if options.busy else "wall",
               "repeats": options.repeats, "load_average": os.getloadavg()[0], "peaks": peaks, "rows": rows}
     if not options.no_write:
-        print(f"written to {write(record)}")
+        print(f"written to {write(record, 'ops.json')}")
 
 
 if __name__ == "__main__":

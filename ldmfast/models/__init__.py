@@ -44,7 +44,8 @@ def from_diffusers(module: nn.Module, dtype: torch.dtype | None = None, precisio
     settings: Any = module.config
     model = REGISTRY[found][1].from_weights(dict(settings), module.state_dict())
     wanted = dtype or (torch.bfloat16 if precision == "bf16" else None)
-    return model if wanted is None else model.to(wanted)
+    # a converted copy takes the layout that channels-last convolutions read without reordering at every call
+    return model if wanted is None else model.to(wanted).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 __all__ = [

@@ -45,7 +45,8 @@ def compvis_file(path, unet, vae, texts: dict[str, dict]) -> None:
 
 def agree(theirs, native, solver: str, **call) -> None:
     theirs.set_progress_bar_config(disable=True)
-    call = {"prompt": "a red cat, oil", "num_inference_steps": 4, "height": 64, "width": 64, "output_type": "np", **call}
+    call = {"prompt": "a red cat, oil", "num_inference_steps": 4, "height": 64, "width": 64, "output_type": "np",
+            **call}
     expected = theirs(**call, generator=torch.Generator().manual_seed(1)).images
     got = native(**call, generator=1, solver=solver, progress=False).images
     assert expected.std() > 0.02
