@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from .. import __version__
-from ..errors import LdmfastError
+from ..errors import LdmfastError, ShapeError
 from ..samplers import StopSampling, sample
 from .denoiser import Conditions, Denoiser, NanFinder, guidance_embedding, not_finite
 from .inputs import prepare_image, prepare_mask, repeat_to
@@ -47,7 +47,17 @@ class Call:
 
 
 def run(pipe: Pipeline, request: Request) -> PipelineOutput:
-    """Encode, sample, decode."""
+    """Encode, sample, decode. A call too large for the memory raises ShapeError."""
+    try:
+        return _run(pipe, request)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ShapeError(f"{request.pictures} pictures of {request.width}x{request.height} do not fit into memory: "
+                         "ask for fewer or smaller ones, or call enable_vae_tiling()") from error
+
+
+def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
     branches = _branches(pipe, request)
     x, blend, extra = _start(pipe, request)
     times = request.table.network_times.tolist()

@@ -46,6 +46,7 @@ BAD_CALLS = {
     "clip skip": ({"clip_skip": 9}, LdmfastError, "clip_skip=9"),
     "timesteps and sigmas": ({"timesteps": [900, 1], "sigmas": [3.0, 1.0]}, LdmfastError, "sigmas"),
     "rising timesteps": ({"timesteps": [1, 900]}, LdmfastError, "timesteps"),
+    "far too large": ({"height": 8 * 10**12}, ShapeError, "8000000000000.*memory"),
     "no pictures": ({"num_images_per_prompt": 0}, LdmfastError, "num_images_per_prompt=0"),
     "prompt and embeddings": ({"prompt_embeds": torch.zeros(1, 77, 32)}, LdmfastError, "both"),
     "callback tensors": ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, LdmfastError, "latents"),
