@@ -50,7 +50,7 @@ class RandomSource:
 
 
 def _seeded(seed: int) -> torch.Generator:
-    if isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+    if not -(2**63) <= seed < 2**64:
         raise LdmfastError(f"seed {seed} is out of range: choose one from 0 to 2**64 - 1")
     return torch.Generator().manual_seed(seed)
 
@@ -70,7 +70,7 @@ def random_source(generator: GeneratorLike, pictures: int) -> RandomSource:
     if isinstance(generator, torch.Generator):
         seed = _seed_of(generator) if pictures == 1 else None
         return RandomSource((generator,), True, (seed,) * pictures)
-    if isinstance(generator, (int, np.integer)):
+    if isinstance(generator, (int, np.integer)) and not isinstance(generator, bool):
         seeds = [int(generator) + i for i in range(pictures)]
         return RandomSource(tuple(_seeded(s) for s in seeds), False, tuple(seeds))
     if not isinstance(generator, (list, tuple)):

@@ -22,7 +22,7 @@ from .text import PromptEmbeds, encode_prompts
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
-_LARGEST_UNTILED = 128  # latents a side; beyond it a tiled autoencoder works on tiles of this size
+_TILE = 64  # latents a side, as in diffusers
 
 
 class Call:
@@ -233,20 +233,20 @@ def _explain(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tens
 
 
 def _tile(pipe: Pipeline) -> int | None:
-    return _LARGEST_UNTILED // 2 if pipe.vae_tiling else None
+    return _TILE if pipe.vae_tiling else None
 
 
 def encode(pipe: Pipeline, pixels: torch.Tensor, request: Request) -> torch.Tensor:
-    """(N, 3, H, W) in [-1, 1] to scaled latents: a sample of the posterior, one picture at a time."""
+    """(N, 3, H, W) in [-1, 1] to scaled latents: a sample of the posterior if there is one, one picture at a time."""
     vae = pipe.vae
     dtype = next(vae.parameters()).dtype
-    means, deviations = [], []
-    for row in pixels.split(1):
-        posterior = vae.encode(row.to(pipe.device, dtype), tile=_tile(pipe))
-        means.append(posterior.mean.float())
-        deviations.append(torch.exp(0.5 * posterior.logvar.float()))
-    mean = torch.cat(means)
-    sampled = mean + torch.cat(deviations) * request.random.normal(mean.shape).to(mean.device)
+    codes = [vae.encode(row.to(pipe.device, dtype), tile=_tile(pipe)) for row in pixels.split(1)]
+    if isinstance(codes[0], torch.Tensor):  # AutoencoderTiny, VQModel: no posterior, nothing is drawn
+        sampled = torch.cat(codes).float()
+    else:
+        mean = torch.cat([c.mean.float() for c in codes])
+        deviation = torch.cat([torch.exp(0.5 * c.logvar.float()) for c in codes])
+        sampled = mean + deviation * request.random.normal(mean.shape).to(mean.device)
     return (sampled - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 

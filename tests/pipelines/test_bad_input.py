@@ -32,6 +32,7 @@ BAD_CALLS = {
     "guidance NaN": ({"guidance_scale": float("nan")}, LdmfastError, "guidance_scale"),
     "eta negative": ({"eta": -1}, LdmfastError, "eta"),
     "generators of another count": ({"generator": [1, 2]}, ShapeError, "2 generators.*1 picture"),
+    "generator a truth value": ({"generator": True}, LdmfastError, "bool"),
     "generator a text": ({"generator": "7"}, LdmfastError, "generator"),
     "latents of another shape": ({"latents": torch.zeros(1, 4, 9, 8), "height": 64}, ShapeError, "latents"),
     "latents NaN": ({"latents": NAN}, LdmfastError, "NaN"),

@@ -101,6 +101,20 @@ def test_image_to_image(sd, ours, picture, strength):
     assert worst(got, expected) <= LIMIT
 
 
+def test_image_to_image_with_an_autoencoder_without_posterior(sd, picture, tmp_path):
+    """AutoencoderTiny encodes to latents, not to a distribution (this crashed once), and draws no random numbers."""
+    torch.manual_seed(0)
+    parts = dict(sd[0].components) | {"vae": diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(16,) * 4, decoder_block_out_channels=(16,) * 4).eval()}
+    theirs = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(tmp_path)
+    call = {"prompt": "a cat", "image": picture, "strength": 0.6, "num_inference_steps": 5, "output_type": "np"}
+    expected = theirs(**call, generator=torch.Generator().manual_seed(1)).images
+    got = ldmfast.Pipeline.from_pretrained(tmp_path)(**call, generator=1, solver="ddim", progress=False).images
+    assert worst(got, expected) <= LIMIT
+
+
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_inpainting_with_four_channels(sd, ours, picture, mask, strength):
     theirs = diffusers.StableDiffusionInpaintPipeline(**sd[0].components, requires_safety_checker=False)
