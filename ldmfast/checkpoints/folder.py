@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,13 @@ class Folder(Parts):
                 return read_json(folder / name)
         raise CheckpointError(f"{folder}: has no {_CONFIGS[0]} (or {', '.join(_CONFIGS[1:])})")
 
-    def weights(self, part: str, dtype: torch.dtype | None = None,
-                device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+    def stream(self, part: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", *,
+               mapped: bool = False) -> Iterator[tuple[str, Tensor]]:
         for file in self.part_files(part):
-            for name, tensor in read_tensors(file, dtype, device):
+            for name, tensor in read_tensors(file, dtype, device, mapped=mapped):
                 current = rename_old(name)
                 if current is not None:
-                    found[current] = tensor
-        return found
+                    yield current, tensor
 
     @property
     def files(self) -> list[Path]:

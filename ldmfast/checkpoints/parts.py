@@ -60,9 +60,15 @@ class Parts(ABC):
         """The part's configuration (config.json, scheduler_config.json, ...)."""
 
     @abstractmethod
+    def stream(self, part: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", *,
+               mapped: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The part's tensors under diffusers' or transformers' names, one after the other in file order: read into
+        memory that is free again when the caller lets go, or memory-mapped unless converted."""
+
     def weights(self, part: str, dtype: torch.dtype | None = None,
                 device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The part's tensors under diffusers' or transformers' names, memory-mapped unless converted."""
+        """All of the part's tensors, memory-mapped unless converted."""
+        return dict(self.stream(part, dtype, device, mapped=True))
 
     def folder(self, part: str) -> Path | None:
         """The part's own folder (a tokenizer is loaded from it), None in a single file."""
@@ -93,8 +99,8 @@ def rename_old(name: str) -> str | None:
     return name
 
 
-def read_tensors(path: Path, dtype: torch.dtype | None = None,
-                 device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+def read_tensors(path: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", *,
+                 mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of one weight file; the kind is told by content, never by the ending.
 
     safetensors, or a PyTorch file that torch's weights-only loader takes. Raises CheckpointError.
@@ -105,7 +111,7 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None,
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     if path.suffix == ".safetensors" or kind is None:
-        yield from safetensors.load(path, dtype, device)
+        yield from safetensors.load(path, dtype, device, mapped=mapped)
         return
     if "pickle" not in kind:
         raise CheckpointError(f"{path}: not a weight file but {kind}")

@@ -88,21 +88,23 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def load(path: str | os.PathLike[str] | Header, dtype: torch.dtype | None = None,
-         device: torch.device | str = "cpu", names: Iterator[str] | list[str] | None = None,
-         ) -> Iterator[tuple[str, Tensor]]:
+         device: torch.device | str = "cpu", names: Iterator[str] | list[str] | None = None, *,
+         mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Yields (name, tensor) in file order, or for the given names.
 
     Tensors that keep their dtype are memory-mapped (copy on write): nothing is read before it is used, and
-    the file must not be overwritten in place meanwhile. dtype: floating tensors are converted, one at a time.
+    the file must not be overwritten in place meanwhile. mapped False: they are read, one at a time; for a caller
+    that lets go of each before the next, since pages of a mapping would stay. dtype: floating tensors are
+    converted, one at a time.
     Raises CheckpointError as read_header does.
     """
     header = path if isinstance(path, Header) else read_header(path)
     wanted = sorted(header.tensors, key=lambda n: header.tensors[n].start) if names is None else names
     with header.path.open("rb") as file:
         empty = os.fstat(file.fileno()).st_size == header.data
-        mapped = None if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        view = None if empty or not mapped else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         for name in wanted:
-            yield name, _tensor(header, header.tensors[name], file, mapped, dtype).to(device)
+            yield name, _tensor(header, header.tensors[name], file, view, dtype).to(device)
 
 
 def _tensor(header: Header, entry: Entry, file: BinaryIO, mapped: mmap.mmap | None,

@@ -4,6 +4,7 @@ used."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,21 +58,20 @@ class SingleFile(Parts):
         self.class_name(part)
         return dict(self._parts[part].config if part in self._parts else self._configs[part])
 
-    def weights(self, part: str, dtype: torch.dtype | None = None,
-                device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def stream(self, part: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", *,
+               mapped: bool = False) -> Iterator[tuple[str, Tensor]]:
         self.class_name(part)
         if part not in self._parts:
             raise CheckpointError(f"{self.path}: part {part!r} has no weights")
         sources = self._parts[part].sources
-        found: dict[str, Tensor] = {}
         if self._header is not None:
-            for name, tensor in safetensors.load(self._header, dtype, device, list(sources)):
-                found.update(sources[name].apply(tensor))
+            for name, tensor in safetensors.load(self._header, dtype, device, list(sources), mapped=mapped):
+                yield from sources[name].apply(tensor)
         else:
             for name, renamed in sources.items():
                 tensor = self._tensors[name]
-                found.update(renamed.apply(tensor.to(device, dtype if tensor.is_floating_point() else None)))
-        return found
+                renamed_tensors = renamed.apply(tensor.to(device, dtype if tensor.is_floating_point() else None))
+                yield from renamed_tensors
 
     def _behind(self, prefix: str) -> dict[str, tuple[int, ...]]:
         return {k[len(prefix):]: v for k, v in self._shapes.items() if k.startswith(prefix)}

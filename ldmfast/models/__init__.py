@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, PrecisionError
+from ..quantization import default_plan
 from .autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Posterior
 from .autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from .base import Config, Model
@@ -32,20 +33,24 @@ def from_diffusers(module: nn.Module, dtype: torch.dtype | None = None, precisio
     """The native model of a diffusers model, sharing the storage of its parameters.
 
     module: an instance of a class named in REGISTRY, or of a subclass. dtype: converts (and so copies) the
-    weights. precision: "exact" (the weights' own dtype) or "bf16".
+    weights. precision: "exact" (the weights' own dtype), "bf16", or "int8" (W8A8 products, the rest in bf16; a
+    linear or convolution is left in bf16 where ``quantization.default_plan`` says so).
     Raises CheckpointError for another class or an unsupported config, PrecisionError for another precision.
     """
-    if precision not in ("exact", "bf16"):
-        raise PrecisionError(f"precision {precision!r} is not available here; choose 'exact' or 'bf16'")
+    if precision not in ("exact", "bf16", "int8"):
+        raise PrecisionError(f"precision {precision!r} is not available here; choose 'exact', 'bf16' or 'int8'")
     names = [c.__name__ for c in type(module).__mro__]
     found = next((n for n in names if n in REGISTRY), None)
     if found is None:
         raise CheckpointError(f"{names[0]} has no native model; there are {', '.join(REGISTRY)}")
     settings: Any = module.config
-    model = REGISTRY[found][1].from_weights(dict(settings), module.state_dict())
-    wanted = dtype or (torch.bfloat16 if precision == "bf16" else None)
-    # a converted copy takes the layout that channels-last convolutions read without reordering at every call
-    return model if wanted is None else model.to(wanted).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    weights = module.state_dict()
+    build = REGISTRY[found][1].from_weights
+    wanted = dtype or (None if precision == "exact" else torch.bfloat16)
+    if wanted is None:
+        return build(dict(settings), weights)
+    converted = ((name, w.to(wanted) if w.is_floating_point() else w) for name, w in weights.items())
+    return build(dict(settings), converted, pack=True, int8=default_plan if precision == "int8" else None)
 
 
 __all__ = [

@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ShapeError
 from .base import Config, Model
+from .gemm import Conv2d
 from .tiling import check_image, run
 from .vae_blocks import Decoder, Encoder, check_blocks
 
@@ -101,8 +102,8 @@ class AutoencoderKL(Model):
         latent = config.latent_channels
         self.encoder = Encoder(config, 2 * latent)
         self.decoder = Decoder(config, latent)
-        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
+        self.quant_conv = Conv2d(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
+        self.post_quant_conv = Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, tile: int | None = None, slice: bool = False) -> Tensor:

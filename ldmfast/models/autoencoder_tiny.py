@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import CheckpointError
 from .base import Config, Model, unsupported
+from .gemm import Conv2d
 from .layers import channels_last
 from .tiling import check_image, run
 
@@ -65,9 +66,9 @@ class TinyBlock(nn.Module):
     def __init__(self, channels: int, activation: type[nn.Module]):
         super().__init__()
         self.conv = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), activation(),
-            nn.Conv2d(channels, channels, 3, padding=1), activation(),
-            nn.Conv2d(channels, channels, 3, padding=1))
+            Conv2d(channels, channels, 3, padding=1), activation(),
+            Conv2d(channels, channels, 3, padding=1), activation(),
+            Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x).add_(x).relu_()
@@ -90,10 +91,10 @@ class TinyEncoder(nn.Module):
         width, activation = c.encoder_block_out_channels[0], _ACTIVATIONS[c.act_fn]
         layers: list[nn.Module] = []
         for i, blocks in enumerate(c.num_encoder_blocks):
-            layers.append(nn.Conv2d(width, width, 3, 2, 1, bias=False) if i
-                          else nn.Conv2d(c.in_channels, width, 3, padding=1))
+            layers.append(Conv2d(width, width, 3, 2, 1, bias=False) if i
+                          else Conv2d(c.in_channels, width, 3, padding=1))
             layers += [TinyBlock(width, activation) for _ in range(blocks)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, c.latent_channels, 3, padding=1))
+        self.layers = nn.Sequential(*layers, Conv2d(width, c.latent_channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(channels_last(x.add(1).div_(2)))
@@ -103,13 +104,13 @@ class TinyDecoder(nn.Module):
     def __init__(self, c: AutoencoderTinyConfig):
         super().__init__()
         width, activation = c.decoder_block_out_channels[0], _ACTIVATIONS[c.act_fn]
-        layers: list[nn.Module] = [nn.Conv2d(c.latent_channels, width, 3, padding=1), activation()]
+        layers: list[nn.Module] = [Conv2d(c.latent_channels, width, 3, padding=1), activation()]
         for i, blocks in enumerate(c.num_decoder_blocks):
             last = i == len(c.num_decoder_blocks) - 1
             layers += [TinyBlock(width, activation) for _ in range(blocks)]
             if not last:
                 layers.append(TinyUpsample(c.upsampling_scaling_factor, c.upsample_fn))
-            layers.append(nn.Conv2d(width, c.out_channels if last else width, 3, padding=1, bias=last))
+            layers.append(Conv2d(width, c.out_channels if last else width, 3, padding=1, bias=last))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -4,13 +4,16 @@ read."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..ops._load import keep_freed_memory
+from .gemm import Conv2d, Linear
+from .layers import Attention
 
 C = TypeVar("C", bound="Config")
 M = TypeVar("M", bound="Model")
@@ -103,16 +106,35 @@ class Model(nn.Module):
 
     @classmethod
     def from_weights(cls: type[M], config: Config | Mapping[str, Any],
-                     weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> M:
-        """Builds the network around the given tensors without copying them (diffusers' parameter names).
+                     weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], *, pack: bool = False,
+                     int8: Callable[[str], bool] | None = None) -> M:
+        """Builds the network from the given tensors (diffusers' parameter names), as they arrive.
 
+        pack False: around the tensors, without copying them. pack True: brings each layer into the layout of its
+        kernels as soon as its tensors are there, and lets go of them, so that no second copy of the model is ever
+        in memory; such a model has no state_dict for other programs. int8: called with the name of each linear and
+        convolution, says which become W8A8 (with pack only).
         Raises CheckpointError when a tensor is missing, left over, or of another shape than the config asks.
         """
         with torch.device("meta"):
             model = cls.from_config(config)
-        tensors = dict(weights)
-        check_names(cls.__name__, {k: v.shape for k, v in model.state_dict().items()}, tensors)
-        model.load_state_dict(tensors, assign=True)
+        wanted = {k: v.shape for k, v in model.state_dict().items()}
+        units = _units(model) if pack else {}
+        if pack:
+            keep_freed_memory()
+        given: set[str] = set()
+        for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+            check_tensor(cls.__name__, wanted, name, tensor)
+            given.add(name)
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            if leaf in owner._buffers:
+                owner.register_buffer(leaf, tensor)
+            else:
+                owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+            if name in units and not units[name].waits_for(name):
+                units[name].settle(model, int8)
+        check_complete(cls.__name__, wanted, given)
         return model.requires_grad_(False)
 
     @property
@@ -124,19 +146,63 @@ class Model(nn.Module):
         return next(self.parameters()).device
 
 
-def check_names(model: str, wanted: Mapping[str, torch.Size], given: Mapping[str, Tensor]) -> None:
+@dataclasses.dataclass
+class _Unit:
+    """Layers that are packed together: one linear or convolution, or those of an attention that share an input."""
+
+    module: str
+    waiting: set[str]
+
+    def waits_for(self, name: str) -> bool:
+        """Whether tensors are still missing when ``name`` has come."""
+        self.waiting.discard(name)
+        return bool(self.waiting)
+
+    def settle(self, model: nn.Module, int8: Callable[[str], bool] | None) -> None:
+        name, module = self.module, model.get_submodule(self.module)
+        if isinstance(module, Attention):
+            name = f"{name}.{module.join()}"
+            module = model.get_submodule(name)
+        assert isinstance(module, (Linear, Conv2d))
+        if int8 is not None and int8(name):
+            module.quantize()
+        else:
+            module.pack()
+
+
+def _units(model: nn.Module) -> dict[str, _Unit]:
+    """Parameter name -> its unit, for everything that is packed."""
+    units: dict[str, _Unit] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Attention):
+            parts = [f"{path}.{n}." for n in module.joins]
+            names = {f"{path}.{n}" for n, _ in module.named_parameters() if f"{path}.{n}".startswith(tuple(parts))}
+        elif isinstance(module, (Linear, Conv2d)) and f"{path}.weight" not in units:
+            names = {f"{path}.{n}" for n, _ in module.named_parameters()}
+        else:
+            continue
+        units.update(dict.fromkeys(names, _Unit(path, names)))
+    return units
+
+
+def check_tensor(model: str, wanted: Mapping[str, torch.Size], name: str, tensor: Tensor) -> None:
+    if name not in wanted:
+        raise CheckpointError(f"{model}: tensor {name!r} has no place in the model; config and weights belong to "
+                              "different models")
+    if tensor.shape != wanted[name]:
+        raise CheckpointError(f"{model}: {name!r} has shape {tuple(tensor.shape)}, the config asks for "
+                              f"{tuple(wanted[name])}")
+
+
+def check_complete(model: str, wanted: Mapping[str, torch.Size], given: Collection[str]) -> None:
     missing = [k for k in wanted if k not in given]
     if missing:
         raise CheckpointError(f"{model}: {len(missing)} of {len(wanted)} tensors are missing, first "
                               f"{missing[0]!r}; config and weights belong to different models, or a file is "
                               "absent")
-    extra = [k for k in given if k not in wanted]
-    if extra:
-        raise CheckpointError(f"{model}: {len(extra)} tensors have no place in the model, first "
-                              f"{extra[0]!r}; "
-                              "config and weights belong to different models")
-    for name, shape in wanted.items():
-        if given[name].shape != shape:
-            raise CheckpointError(f"{model}: {name!r} has shape {tuple(given[name].shape)}, the config asks "
-                                  "for "
-                                  f"{tuple(shape)}")
+
+
+def check_names(model: str, wanted: Mapping[str, torch.Size], given: Mapping[str, Tensor]) -> None:
+    for name, tensor in given.items():
+        check_tensor(model, wanted, name, tensor)
+    check_complete(model, wanted, given)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .gemm import Conv2d, Linear, Quantized
 
 # rows of one small GEMM: one register tile of oneDNN and MKL, and weights are read once for 16 steps
 _ROWS = 16
@@ -22,8 +24,14 @@ _ROWS = 16
 KeysValues = tuple[Tensor, Tensor]
 
 
-def as_tokens(x: Tensor) -> Tensor:
+@overload
+def as_tokens(x: Tensor) -> Tensor: ...
+@overload
+def as_tokens(x: Quantized) -> Quantized: ...
+def as_tokens(x: Tensor | Quantized) -> Tensor | Quantized:
     """(N, C, H, W) channels-last -> (N, H * W, C), a view."""
+    if isinstance(x, Quantized):
+        return x._replace(values=as_tokens(x.values))
     n, c, h, w = x.shape
     return x.permute(0, 2, 3, 1).reshape(n, h * w, c)
 
@@ -70,9 +78,9 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, cond_dim: int | None = None, post_act: str | None = None):
         super().__init__()
-        self.linear_1 = nn.Linear(in_dim, out_dim)
-        self.cond_proj = None if cond_dim is None else nn.Linear(cond_dim, in_dim, bias=False)
-        self.linear_2 = nn.Linear(out_dim, out_dim)
+        self.linear_1 = Linear(in_dim, out_dim)
+        self.cond_proj = None if cond_dim is None else Linear(cond_dim, in_dim, bias=False)
+        self.linear_2 = Linear(out_dim, out_dim)
         self.post_act = post_act
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,10 +102,23 @@ class GroupNorm(nn.GroupNorm):
         return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, shift=shift,
                                    silu=self.silu)
 
+    def into(self, layer: Linear | Conv2d, x: Tensor, shift: Tensor | None = None) -> Tensor | Quantized:
+        """forward(), in the form that ``layer`` takes: 8 bits, with its padding, for an int8 layer."""
+        if layer.int8 is None:
+            return self(x, shift)
+        return Quantized(*ops.group_norm_silu_q8(x, self.num_groups, self.weight, self.bias, self.eps, shift=shift,
+                                                 silu=self.silu, pad=layer.border))
+
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm_modulate(x, weight=self.weight, bias=self.bias, eps=self.eps)
+
+    def into(self, layer: Linear, x: Tensor) -> Tensor | Quantized:
+        """forward(), in the form that ``layer`` takes: 8 bits for an int8 layer."""
+        if layer.int8 is None:
+            return self(x)
+        return Quantized(*ops.layer_norm_modulate_q8(x, weight=self.weight, bias=self.bias, eps=self.eps))
 
 
 class ResnetBlock(nn.Module):
@@ -112,23 +133,23 @@ class ResnetBlock(nn.Module):
                  scale_shift: bool = False, scale: float = 1.0):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if time_dim is not None:
-            self.time_emb_proj = nn.Linear(time_dim, out_channels * (2 if scale_shift else 1))
+            self.time_emb_proj = Linear(time_dim, out_channels * (2 if scale_shift else 1))
         self.norm2 = GroupNorm(groups, out_channels, eps, silu=not scale_shift)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = None if in_channels == out_channels else Conv2d(in_channels, out_channels, 1)
         self.scale_shift = scale_shift
         self.scale = scale
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        h = self.conv1(self.norm1(x))
+        h = self.conv1(self.norm1.into(self.conv1, x))
         if self.scale_shift and time is not None:
             gain, shift = time[:, :, None, None].chunk(2, dim=1)
             h = F.silu(self.norm2(h).mul_(1 + gain).add_(shift), inplace=True)
         else:
-            h = self.norm2(h, time)
-        h = self.conv2(h).add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+            h = self.norm2.into(self.conv2, h, time)
+        h = self.conv2(h, x if self.conv_shortcut is None else self.conv_shortcut(x))
         return h if self.scale == 1.0 else h.div_(self.scale)
 
 
@@ -137,7 +158,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, padding: int = 1):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x if self.conv.padding != (0, 0) else F.pad(x, (0, 1, 0, 1)))
@@ -148,7 +169,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is None or tuple(size) == (2 * x.shape[2], 2 * x.shape[3]):
@@ -161,27 +182,59 @@ class Attention(nn.Module):
 
     slot = -1  # position of this block's prompt keys and values in a UNet's per-call state
     context: slice = slice(None)  # tokens of the prompt that this block sees
+    to_qkv: Linear | None  # to_q, to_k and to_v as one product, or to_k and to_v of a cross-attention, after join()
+    to_kv: Linear | None
 
     def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int | None = None,
                  bias: bool = False):
         super().__init__()
         inner = heads * head_dim
         self.heads = heads
+        self.head_dim = head_dim
         self.context_dim = context_dim
-        self.to_q = nn.Linear(dim, inner, bias=bias)
-        self.to_k = nn.Linear(context_dim or dim, inner, bias=bias)
-        self.to_v = nn.Linear(context_dim or dim, inner, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
+        self.to_q = Linear(dim, inner, bias=bias)
+        self.to_k = Linear(context_dim or dim, inner, bias=bias)
+        self.to_v = Linear(context_dim or dim, inner, bias=bias)
+        self.to_out = nn.ModuleList([Linear(inner, dim)])
+        self.to_qkv = self.to_kv = None
 
-    def keys_values(self, context: Tensor) -> KeysValues:
+    @property
+    def joins(self) -> tuple[str, ...]:
+        """The layers that share an input, in the order in which ``join`` puts them side by side."""
+        return ("to_q", "to_k", "to_v") if self.context_dim is None else ("to_k", "to_v")
+
+    def join(self) -> str:
+        """Makes one layer of those that share an input, once; returns its name. Theirs are None afterwards."""
+        name = "to_qkv" if self.context_dim is None else "to_kv"
+        setattr(self, name, Linear.join([getattr(self, n) for n in self.joins]))
+        for n in self.joins:
+            setattr(self, n, None)
+        return name
+
+    @property
+    def entry(self) -> Linear:
+        """The layer that takes the tokens."""
+        return self.to_q if self.to_qkv is None else self.to_qkv
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(N, T, parts * C) -> parts times (N, T, heads, head_dim), views."""
+        return x.unflatten(-1, (parts, self.heads, self.head_dim)).unbind(2)
+
+    def keys_values(self, context: Tensor | Quantized) -> KeysValues:
         """Context (N, T, C) -> keys and values (N, T, heads, head_dim)."""
-        split = (self.heads, -1 if context.numel() else self.to_k.out_features // self.heads)
-        return self.to_k(context).unflatten(-1, split), self.to_v(context).unflatten(-1, split)
+        if self.to_kv is not None:
+            k, v = self._heads(self.to_kv(context), 2)
+            return k, v
+        return self._heads(self.to_k(context), 1)[0], self._heads(self.to_v(context), 1)[0]
 
-    def forward(self, x: Tensor, kv: KeysValues | None = None, bias: Tensor | None = None) -> Tensor:
-        k, v = self.keys_values(x) if kv is None else kv
-        q = self.to_q(x).unflatten(-1, k.shape[2:])
-        return self.to_out[0](ops.attention(q, k, v, bias=bias).flatten(2))
+    def forward(self, x: Tensor | Quantized, kv: KeysValues | None = None, bias: Tensor | None = None,
+                residual: Tensor | None = None) -> Tensor:
+        if self.to_qkv is not None and kv is None:
+            q, k, v = self._heads(self.to_qkv(x), 3)
+        else:
+            q, = self._heads(self.to_q(x), 1)
+            k, v = self.keys_values(x) if kv is None else kv
+        return self.to_out[0](ops.attention(q, k, v, bias=bias).flatten(2), residual)
 
 
 class SpatialNorm(nn.Module):
@@ -190,8 +243,8 @@ class SpatialNorm(nn.Module):
     def __init__(self, channels: int, latent_channels: int, silu: bool = True):
         super().__init__()
         self.norm_layer = GroupNorm(32, channels, 1e-6, silu=False)
-        self.conv_y = nn.Conv2d(latent_channels, channels, 1)
-        self.conv_b = nn.Conv2d(latent_channels, channels, 1)
+        self.conv_y = Conv2d(latent_channels, channels, 1)
+        self.conv_b = Conv2d(latent_channels, channels, 1)
         self.silu = silu
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
@@ -212,25 +265,31 @@ class SpatialAttention(Attention):
         self.scale = scale
 
     def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        h = x if latent is None else self.spatial_norm(x, latent)
-        h = h if self.group_norm is None else self.group_norm(h)
-        h = as_image(super().forward(as_tokens(h)), *x.shape[2:]).add_(x)
+        normed: Tensor | Quantized = x if latent is None else self.spatial_norm(x, latent)
+        if self.group_norm is not None:
+            normed = self.group_norm.into(self.entry, x)
+        h = as_image(super().forward(as_tokens(normed), residual=as_tokens(x)), *x.shape[2:])
         return h if self.scale == 1.0 else h.div_(self.scale)
 
 
 class GEGLU(nn.Module):
     def __init__(self, dim: int, inner: int):
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.geglu(self.proj(x))
+        self.proj = Linear(dim, 2 * inner)
 
 
 class FeedForward(nn.Module):
+    """net.2(GEGLU(net.0.proj(x))) plus the residual (Shazeer 2020)."""
+
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+    @property
+    def entry(self) -> Linear:
+        """The layer that takes the tokens."""
+        return cast(GEGLU, self.net[0]).proj
+
+    def forward(self, x: Tensor | Quantized, residual: Tensor) -> Tensor:
+        h, last = self.entry(x), self.net[2]
+        return last(ops.geglu(h) if last.int8 is None else Quantized(*ops.geglu_q8(h)), residual)

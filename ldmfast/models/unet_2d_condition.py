@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import LdmfastError, ShapeError
+from .gemm import Linear
 from .layers import ACTIVATIONS, TimestepEmbedding, by_rows, timestep_embedding
 from .unet_config import UNet2DConditionConfig
 from .unet_state import UNetState, as_list, mask_bias, project_prompt, project_times
@@ -29,7 +30,7 @@ class UNet2DCondition(UNetTrunk):
             # a list of cross_attention_dim has no single size to project to; diffusers refuses it, too
             if not isinstance(config.cross_attention_dim, int):
                 raise LdmfastError("config key 'encoder_hid_dim' needs one cross_attention_dim, not a list")
-            self.encoder_hid_proj = nn.Linear(config.encoder_hid_dim, config.cross_attention_dim)
+            self.encoder_hid_proj = Linear(config.encoder_hid_dim, config.cross_attention_dim)
         if config.addition_embed_type == "text_time":
             size = config.projection_class_embeddings_input_dim or 0  # check() has refused None
             self.add_embedding = TimestepEmbedding(size, config.plan().time_dim)

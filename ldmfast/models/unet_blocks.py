@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .gemm import Conv2d, Linear
 from .layers import (
     Attention,
     Downsample,
@@ -57,10 +58,10 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         first = None if self.attn1.context_dim is None else step.prompts[self.attn1.slot]
-        x = self.attn1(self.norm1(x), first, step.self_bias if self.masked else None).add_(x)
+        x = self.attn1(self.norm1.into(self.attn1.entry, x), first, step.self_bias if self.masked else None, x)
         second = step.prompts[self.attn2.slot]
-        x = self.attn2(self.norm2(x), second, step.prompt_bias if self.masked else None).add_(x)
-        return self.ff(self.norm3(x)).add_(x)
+        x = self.attn2(self.norm2.into(self.attn2.entry, x), second, step.prompt_bias if self.masked else None, x)
+        return self.ff(self.norm3.into(self.ff.entry, x), x)
 
 
 class Transformer2D(nn.Module):
@@ -72,19 +73,20 @@ class Transformer2D(nn.Module):
         c = block.out_channels
         linear = plan.linear_projection and not plan.dual
         self.norm = GroupNorm(plan.groups, c, 1e-6, silu=False)
-        self.proj_in = nn.Linear(c, c) if linear else nn.Conv2d(c, c, 1)
+        self.proj_in = Linear(c, c) if linear else Conv2d(c, c, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(c, block.heads, block.context_dim, only_cross, masked) for _ in range(depth))
-        self.proj_out = nn.Linear(c, c) if linear else nn.Conv2d(c, c, 1)
+        self.proj_out = Linear(c, c) if linear else Conv2d(c, c, 1)
         self.linear = linear
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        h, size = self.norm(x), x.shape[2:]
-        h = self.proj_in(as_tokens(h)) if self.linear else as_tokens(self.proj_in(h))
+        normed, size = self.norm.into(self.proj_in, x), x.shape[2:]
+        h = self.proj_in(as_tokens(normed)) if self.linear else as_tokens(self.proj_in(normed))
         for block in self.transformer_blocks:
             h = block(h, step)
-        h = as_image(self.proj_out(h), *size) if self.linear else self.proj_out(as_image(h, *size))
-        return h.add_(x)
+        if self.linear:
+            return as_image(self.proj_out(h, as_tokens(x)), *size)
+        return self.proj_out(as_image(h, *size), x)
 
 
 class DualTransformer2D(nn.Module):

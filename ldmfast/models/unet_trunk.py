@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ShapeError
 from .base import Config, Model
+from .gemm import Conv2d, Linear
 from .layers import GroupNorm, TimestepEmbedding, by_rows, channels_last, timestep_embedding
 from .unet_blocks import DownBlock, MidBlock, Step, UpBlock
 from .unet_config import UNetPlan
@@ -24,7 +25,7 @@ class UNetTrunk(Model):
         c = self.config
         plan: UNetPlan = c.plan()
         first = c.block_out_channels[0]
-        self.conv_in = nn.Conv2d(c.in_channels, first, kernels[0], padding=(kernels[0] - 1) // 2)
+        self.conv_in = Conv2d(c.in_channels, first, kernels[0], padding=(kernels[0] - 1) // 2)
         self.time_embedding = TimestepEmbedding(first, plan.time_dim, getattr(c, "time_cond_proj_dim", None),
                                                 getattr(c, "timestep_post_act", None))
         self.class_embedding = self._class_embedding(plan)
@@ -32,7 +33,7 @@ class UNetTrunk(Model):
         self.mid_block = None if plan.mid is None else MidBlock(plan, plan.mid)
         self.up_blocks = nn.ModuleList(UpBlock(plan, block) for block in plan.up)
         self.conv_norm_out = GroupNorm(plan.groups, first, plan.eps)
-        self.conv_out = nn.Conv2d(first, c.out_channels, kernels[1], padding=(kernels[1] - 1) // 2)
+        self.conv_out = Conv2d(first, c.out_channels, kernels[1], padding=(kernels[1] - 1) // 2)
         number_slots(self)
 
     def _class_embedding(self, plan: UNetPlan) -> nn.Module | None:
@@ -43,7 +44,7 @@ class UNetTrunk(Model):
             return TimestepEmbedding(c.block_out_channels[0], plan.time_dim)
         if kind == "identity":
             return nn.Identity()
-        kinds = {"projection": TimestepEmbedding, "simple_projection": nn.Linear}
+        kinds = {"projection": TimestepEmbedding, "simple_projection": Linear}
         return kinds[kind](c.projection_class_embeddings_input_dim, plan.time_dim)
 
     def embed_time(self, timesteps: list[float], condition: Tensor | None = None) -> Tensor:

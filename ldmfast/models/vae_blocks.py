@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .base import unsupported
+from .gemm import Conv2d
 from .layers import (
     Downsample,
     GroupNorm,
@@ -48,8 +49,8 @@ class SpatialResnetBlock(ResnetBlock):
         self.norm2 = SpatialNorm(out_channels, latent_channels)  # type: ignore[assignment]
 
     def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
-        h = self.conv2(self.norm2(self.conv1(self.norm1(x, latent)), latent))
-        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self.norm2(self.conv1(self.norm1(x, latent)), latent)
+        return self.conv2(h, x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 def _resnet(a: int, b: int, groups: int, latent_channels: int | None) -> ResnetBlock:
@@ -105,13 +106,13 @@ class Encoder(nn.Module):
         super().__init__()
         channels, groups = config.block_out_channels, config.norm_num_groups
         n = len(channels)
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             Level([channels[max(i - 1, 0)]] + [channels[i]] * (config.layers_per_block - 1), channels[i],
                   groups, _DOWN[config.down_block_types[i]], down=i < n - 1) for i in range(n))
         self.mid_block = Middle(channels[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = GroupNorm(groups, channels[-1], _EPS)
-        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(channels_last(x))
@@ -128,14 +129,14 @@ class Decoder(nn.Module):
         super().__init__()
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
         n = len(channels)
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(in_channels, channels[0], 3, padding=1)
         self.mid_block = Middle(channels[0], groups, config.mid_block_add_attention, latent_channels)
         self.up_blocks = nn.ModuleList(
             Level([channels[max(i - 1, 0)]] + [channels[i]] * config.layers_per_block, channels[i], groups,
                   _UP[config.up_block_types[i]], latent_channels, up=i < n - 1) for i in range(n))
         self.conv_norm_out = (GroupNorm(groups, channels[-1], _EPS) if latent_channels is None
                               else SpatialNorm(channels[-1], latent_channels))
-        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor, latent: Tensor | None = None) -> Tensor:
         x = self.mid_block(self.conv_in(channels_last(z)), latent)

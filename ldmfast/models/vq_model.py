@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ShapeError
 from .base import Config, Model
+from .gemm import Conv2d
 from .tiling import check_image, run
 from .vae_blocks import Decoder, Encoder, check_blocks
 
@@ -78,9 +79,9 @@ class VQModel(Model):
         c = config
         codes = c.vq_embed_dim or c.latent_channels
         self.encoder = Encoder(c, c.latent_channels)
-        self.quant_conv = nn.Conv2d(c.latent_channels, codes, 1)
+        self.quant_conv = Conv2d(c.latent_channels, codes, 1)
         self.quantize = Codebook(c.num_vq_embeddings, codes)
-        self.post_quant_conv = nn.Conv2d(codes, c.latent_channels, 1)
+        self.post_quant_conv = Conv2d(codes, c.latent_channels, 1)
         # diffusers sizes the spatial norms by latent_channels and feeds them the codes: the two must agree
         self.decoder = Decoder(c, c.latent_channels, c.latent_channels if c.norm_type == "spatial" else None)
 

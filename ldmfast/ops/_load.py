@@ -107,3 +107,10 @@ def kernel_file(name: str) -> Path:
 def kernel_module(name: str) -> ModuleType:
     """Imports ldmfast.kernels.<name>, and Triton with it."""
     return importlib.import_module(f"ldmfast.kernels.{name}")
+
+
+def keep_freed_memory() -> None:
+    """Large blocks that the process frees are used again, up to 1 GiB, instead of being cleared anew by the kernel."""
+    host = host_module()
+    if host is not None:
+        host.keep_freed_memory()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from ..checkpoints import Parts
 from ..errors import CheckpointError, DeviceError, PrecisionError
 from ..models import REGISTRY
 from ..models.base import check_names
+from ..quantization import default_plan
 from ..samplers import Schedule
 from .text import TextEncoder
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-PRECISIONS = {"exact": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"exact": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -71,25 +73,26 @@ def resolve_precision(
     if precision == "auto":
         precision = "bf16" if _has_fast_bf16(device) else "exact"
     if precision not in PRECISIONS:
-        raise PrecisionError(f"precision={precision!r} is not available in this version: use 'exact', 'bf16' or 'auto'")
+        raise PrecisionError(f"precision={precision!r} is not available in this version: use 'exact', 'bf16', 'int8' "
+                             "or 'auto'")
     if dtype is not None and dtype != PRECISIONS[precision]:
         raise PrecisionError(f"precision={precision!r} and dtype={dtype} contradict each other: give one of them")
     return precision, PRECISIONS[precision]
 
 
-def _model(parts: Parts, part: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _model(parts: Parts, part: str, dtype: torch.dtype, device: torch.device,
+           int8: Callable[[str], bool] | None = None) -> Any:
     config = parts.config(part)
     name = config.get("_class_name") or parts.class_name(part)
     if name not in REGISTRY:
         raise CheckpointError(f"{parts.path}: part {part!r} is a {name}, which is not supported; "
                               f"supported: {', '.join(sorted(REGISTRY))}")
     try:
-        model = REGISTRY[name][1].from_weights(config, parts.weights(part, dtype, device))
+        model = REGISTRY[name][1].from_weights(config, parts.stream(part, dtype, device), pack=True, int8=int8)
     except CheckpointError as error:
         where = "" if str(parts.path) in str(error) else f"{parts.path}: part {part!r}: "
         raise CheckpointError(f"{where}{error}") from error
-    # the layout that channels-last convolutions read without reordering at every call
-    return model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    return model.eval()
 
 
 def _tokenizer(parts: Parts, part: str) -> Any:
@@ -197,7 +200,7 @@ def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device)
             raise CheckpointError(f"{parts.path}: has part 'text_encoder{suffix}' but no 'tokenizer{suffix}'")
         encoders.append(TextEncoder(_tokenizer(parts, f"tokenizer{suffix}"),
                                     _text_encoder(parts, f"text_encoder{suffix}", dtype, device), two))
-    unet = _model(parts, "unet", dtype, device)
+    unet = _model(parts, "unet", dtype, device, default_plan if precision == "int8" else None)
     upcast = dtype == torch.float16 and parts.config(vae_part).get("force_upcast", False)
     vae = _model(parts, vae_part, torch.float32 if upcast else dtype, device)
     return Components(unet, vae, tuple(encoders), schedule, scheduler_config, parts.index, _defaults(parts),

@@ -97,7 +97,7 @@ def test_from_weights_names_what_is_wrong() -> None:
     short = {k: v for k, v in weights.items() if k != "conv_in.bias"}
     with pytest.raises(CheckpointError, match=f"1 of {len(weights)} tensors are missing, first 'conv_in.bias'"):
         UNet2DCondition.from_weights(SD1, short)
-    with pytest.raises(CheckpointError, match="1 tensors have no place in the model, first 'more'"):
+    with pytest.raises(CheckpointError, match="tensor 'more' has no place in the model"):
         UNet2DCondition.from_weights(SD1, weights | {"more": weights["conv_in.bias"]})
     with pytest.raises(CheckpointError, match=r"'conv_in.weight' has shape \(32, 4, 3, 3\), the config asks for"):
         UNet2DCondition.from_weights(SD1 | {"in_channels": 9}, weights)

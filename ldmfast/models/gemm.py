@@ -1,0 +1,270 @@
+"""Linear and Conv2d: matrix products are the library's, oneDNN's on a CPU, cuBLAS's and cuDNN's elsewhere.
+
+On a CPU torch ships oneDNN's operators with prepacked weights and fused additions, as semi-private names. Their schemas
+are compared once, at import; where one differs, torch's public functions run instead and a warning says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+_SCHEMAS = {
+    "mkldnn::_linear_pointwise": "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> "
+                                 "Tensor Y",
+    "mkldnn::_linear_pointwise.binary": "(Tensor X, Tensor other, Tensor W, Tensor? B, str attr) -> Tensor Y",
+    "mkldnn::_convolution_pointwise": "(Tensor X, Tensor W, Tensor? B, int[] padding, int[] stride, int[] dilation, "
+                                      "int groups, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y",
+    "mkldnn::_convolution_pointwise.binary": "(Tensor X, Tensor other, Tensor W, Tensor? B, int[] padding, int[] "
+                                             "stride, int[] dilation, int groups, str binary_attr, Scalar? alpha, str? "
+                                             "unary_attr, Scalar?[] unary_scalars, str? unary_algorithm) -> Tensor Y",
+    "mkldnn::_reorder_linear_weight": "(Tensor self, int? batch_size=None) -> Tensor Y",
+    "mkldnn::_reorder_convolution_weight": "(Tensor self, int[2] padding=0, int[2] stride=1, int[2] dilation=1, int "
+                                           "groups=1, int[]? input_size=None) -> Tensor Y",
+}
+_INT8_SCHEMAS = {
+    "onednn::qlinear_prepack": "(Tensor weight, int[]? x_shape) -> Tensor",
+    "onednn::qconv_prepack": "(Tensor weight, Tensor w_scales, float x_scale, int x_zp, int[] stride, int[] padding, "
+                             "int[] dilation, int groups, int[]? x_shape=None) -> Tensor",
+    "onednn::qlinear_pointwise.tensor": "(Tensor qx, Tensor x_scale, Tensor x_zero_point, Tensor qw, Tensor w_scale, "
+                                        "Tensor w_zero_point, Tensor? bias, float output_scale, int "
+                                        "output_zero_point, ScalarType? output_dtype, str post_op_name, Scalar?[] "
+                                        "post_op_args, str post_op_algorithm) -> Tensor",
+    "onednn::qlinear_pointwise.binary_tensor": "(Tensor qx, Tensor x_scale, Tensor x_zero_point, Tensor qw, Tensor "
+                                               "w_scale, Tensor w_zero_point, Tensor? other, Tensor? bias, float "
+                                               "output_scale, int output_zero_point, ScalarType? output_dtype, float "
+                                               "other_scale, int other_zp, str binary_post_op, float binary_alpha, "
+                                               "str unary_post_op, Scalar?[] unary_post_op_args, str "
+                                               "unary_post_op_algorithm) -> Tensor",
+    "onednn::qconv_pointwise.tensor": "(Tensor qx, Tensor x_scale, Tensor x_zero_point, Tensor qw, Tensor w_scale, "
+                                      "Tensor w_zero_point, Tensor? bias, int[] stride, int[] padding, int[] "
+                                      "dilation, int groups, float output_scale, int output_zero_point, ScalarType? "
+                                      "output_dtype, str attr, Scalar?[] scalars, str? algorithm) -> Tensor",
+}
+
+
+def _as_expected(schemas: dict[str, str], instead: str) -> bool:
+    """Whether this torch has exactly these operators."""
+    wrong = []
+    for name, schema in schemas.items():
+        base, _, overload = name.partition(".")
+        try:
+            found = str(torch._C._get_schema(base, overload))
+        except RuntimeError:
+            found = ""
+        if found != name + schema:
+            wrong.append(name)
+    if wrong and torch.backends.mkldnn.is_available():
+        warnings.warn(f"torch {torch.__version__} has another {wrong[0]} than ldmfast knows; {instead}", stacklevel=3)
+    return not wrong and torch.backends.mkldnn.is_available()
+
+
+ONEDNN = _as_expected(_SCHEMAS, "products run through torch.nn.functional, which is slower")
+ONEDNN_INT8 = _as_expected(_INT8_SCHEMAS, "int8 products run as floating-point ones, which is slower")
+_DTYPES = {torch.float32} | ({torch.bfloat16} if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
+
+
+class Quantized(NamedTuple):
+    """An activation of 8 bits: (values - zero_point) * scale, one scale for the tensor.
+
+    values: uint8 tokens (..., C), or an image (N, C, H + 2 p, W + 2 p), channels-last, that carries its own padding.
+    scale: fp32 (1,). zero_point: int32 (1,).
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+def _onednn(x: Tensor) -> bool:
+    return ONEDNN and x.device.type == "cpu" and x.dtype in _DTYPES
+
+
+def packable(weight: Tensor) -> bool:
+    """Whether a weight of this device and dtype can take oneDNN's own layout."""
+    return _onednn(weight) and not weight.is_mkldnn and weight.numel() > 0
+
+
+def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (out, ...) -> int8 values and one fp32 scale for each output, symmetric: value * scale."""
+    rows = weight.detach().float().flatten(1)
+    scale = rows.abs().amax(1).div_(127.0)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # NaN stays: the product shows it
+    values = (rows / scale[:, None]).nan_to_num_(0.0).round_().clamp_(-127, 127)
+    return values.to(torch.int8).view(weight.shape), scale
+
+
+class Int8Weight(nn.Module):
+    """Weight of a W8A8 product in the layout of the kernel; nothing of higher precision is kept.
+
+    values: int8 (out, in) or (out, in, kh, kw). scale: fp32 (out,).
+    """
+
+    values: Tensor
+    scale: Tensor
+    sums: Tensor
+    zeros: Tensor
+
+    def __init__(self, values: Tensor, scale: Tensor, conv: nn.Conv2d | None = None):
+        super().__init__()
+        # what a zero point of 1 adds to each output
+        sums = values.flatten(1).sum(1, dtype=torch.int32).float() * scale
+        if ONEDNN_INT8 and values.device.type == "cpu":
+            if conv is None:
+                values = torch.ops.onednn.qlinear_prepack(values, None)
+            else:
+                values = torch.ops.onednn.qconv_prepack(values, scale, 1.0, 0, conv.stride, (0, 0), conv.dilation,
+                                                        conv.groups, None)
+        self.register_buffer("values", values)
+        self.register_buffer("scale", scale)
+        self.register_buffer("sums", sums)
+        self.register_buffer("zeros", torch.zeros(len(scale), dtype=torch.int64, device=scale.device))
+
+    @property
+    def packed(self) -> bool:
+        return self.values.is_mkldnn
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the plain values stand for; only where they are not packed."""
+        return (self.values.float() * self.scale.view(-1, *[1] * (self.values.ndim - 1))).to(dtype)
+
+
+def _float(x: Quantized, dtype: torch.dtype) -> Tensor:
+    return ((x.values.float() - x.zero_point) * x.scale).to(dtype)
+
+
+class Linear(nn.Linear):
+    """x W^T + b (+ residual). W is an ordinary parameter until ``pack`` or ``quantize``."""
+
+    int8: Int8Weight | None
+    border = 0
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
+        self.int8 = None
+
+    def forward(self, x: Tensor | Quantized, residual: Tensor | None = None) -> Tensor:
+        """x: (..., in), floating, or 8-bit for a layer with ``int8``; residual: (..., out)."""
+        if self.int8 is not None:
+            return self._int8(self.int8, x, residual)
+        assert isinstance(x, Tensor)
+        if not _onednn(x):
+            out = F.linear(x, self.weight, self.bias)
+            return out if residual is None else out.add_(residual)
+        if residual is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+
+    def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None) -> Tensor:
+        if isinstance(x, Tensor):
+            x = Quantized(*ops.quantize(x))
+        dtype = torch.bfloat16 if residual is None else residual.dtype
+        if not w.packed:
+            out = F.linear(_float(x, torch.float32), w.dense(torch.float32), self.bias).to(dtype)
+            return out if residual is None else out.add_(residual)
+        if x.values.numel() == 0:
+            return x.scale.new_empty((*x.values.shape[:-1], self.out_features), dtype=dtype)
+        q = torch.ops.onednn.qlinear_pointwise
+        if residual is None:
+            return q.tensor(*x, w.values, w.scale, w.zeros, self.bias, 1.0, 0, dtype, "none", [], "")
+        return q.binary_tensor(*x, w.values, w.scale, w.zeros, residual, self.bias, 1.0, 0, dtype, 1.0, 0, "add", 1.0,
+                               "none", [], "")
+
+    def pack(self) -> None:
+        """Brings the weight into oneDNN's layout, once; the plain one is let go."""
+        if self.int8 is None and packable(self.weight):
+            self.weight = _fixed(torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None))
+
+    def quantize(self, values: Tensor | None = None, scale: Tensor | None = None) -> None:
+        """Turns into a W8A8 layer: of its own weight, or of stored values and scales."""
+        if values is None or scale is None:
+            values, scale = rows_to_int8(self.weight)
+        self.int8 = Int8Weight(values, scale)
+        self.register_parameter("weight", None)
+        if self.bias is not None:
+            self.bias = _fixed(self.bias.detach().float())
+
+    @classmethod
+    def join(cls, layers: Sequence[Linear]) -> Linear:
+        """One layer whose outputs are those of the given layers, side by side."""
+        with torch.device("meta"):
+            whole = cls(layers[0].in_features, sum(m.out_features for m in layers), layers[0].bias is not None)
+        whole.weight = _fixed(torch.cat([m.weight.detach() for m in layers]))
+        if whole.bias is not None:
+            whole.bias = _fixed(torch.cat([m.bias.detach() for m in layers]))
+        return whole
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution of (N, C, H, W), channels-last, plus bias (and residual), padded with zeros."""
+
+    int8: Int8Weight | None
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0,
+                 bias: bool = True):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        self.int8 = None
+
+    def forward(self, x: Tensor | Quantized, residual: Tensor | None = None) -> Tensor:
+        """x: (N, in, H, W), floating, or 8-bit with its padding for a layer with ``int8``; residual: like the
+        output."""
+        if self.int8 is not None:
+            return self._int8(self.int8, x, residual)
+        assert isinstance(x, Tensor)
+        if not _onednn(x):
+            out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            return out if residual is None else out.add_(residual)
+        shape = (self.padding, self.stride, self.dilation, self.groups)
+        conv = torch.ops.mkldnn._convolution_pointwise
+        if residual is None:
+            return conv(x, self.weight, self.bias, *shape, "none", [], "")
+        return conv.binary(x, residual, self.weight, self.bias, *shape, "add", 1.0, None, [], None)
+
+    def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None) -> Tensor:
+        if isinstance(x, Tensor):
+            x = Quantized(*ops.quantize(x, self.border))
+        if not w.packed:
+            out = F.conv2d(_float(x, torch.float32), w.dense(torch.float32), self.bias, self.stride, 0, self.dilation,
+                           self.groups).to(torch.bfloat16)
+        else:
+            # a zero point inside oneDNN's convolution costs a factor, so the bias takes its part; the border of the
+            # picture already holds it
+            bias = (w.sums * (x.scale * x.zero_point)).neg_()
+            bias = bias if self.bias is None else bias.add_(self.bias)
+            out = torch.ops.onednn.qconv_pointwise.tensor(
+                x.values, x.scale, torch.zeros_like(x.zero_point), w.values, w.scale, w.zeros, bias, self.stride,
+                (0, 0), self.dilation, self.groups, 1.0, 0, torch.bfloat16, "none", [], "")
+        return out if residual is None else out.add_(residual)
+
+    @property
+    def border(self) -> int:
+        """Pixels of padding on each side, which an 8-bit input brings along."""
+        return int(self.padding[0])
+
+    def pack(self) -> None:
+        """Brings the weight into oneDNN's layout, once; the plain one is let go."""
+        if self.int8 is None and packable(self.weight):
+            self.weight = _fixed(torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight.detach(), self.padding, self.stride, self.dilation, self.groups, None))
+        elif self.int8 is None and not self.weight.is_mkldnn:  # read without reordering by channels-last convolutions
+            self.weight = _fixed(self.weight.detach().contiguous(memory_format=torch.channels_last))
+
+    def quantize(self, values: Tensor | None = None, scale: Tensor | None = None) -> None:
+        """Turns into a W8A8 layer: of its own weight, or of stored values and scales."""
+        if values is None or scale is None:
+            values, scale = rows_to_int8(self.weight)
+        self.int8 = Int8Weight(values, scale, self)
+        self.register_parameter("weight", None)
+        if self.bias is not None:
+            self.bias = _fixed(self.bias.detach().float())
+
+
+def _fixed(x: Tensor) -> nn.Parameter:
+    return nn.Parameter(x, requires_grad=False)
