@@ -22,7 +22,7 @@ by_name = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 
 @by_name
 def test_row_is_complete(row):
-    assert re.fullmatch(r"\(.*\) -> Tensor", row.schema)
+    assert re.fullmatch(r"\(.*\) -> (Tensor|\(Tensor q, Tensor scale, Tensor zero_point\))", row.schema)
     assert str(row.overload._schema).startswith(f"ldmfast::{row.name}(")
     arguments = [a.name for a in row.overload._schema.arguments]
     for function in (row.reference, row.fake, row.cost, row.peer):
@@ -49,7 +49,9 @@ def test_cases_cover_what_breaks_kernels(row):
 @by_name
 def test_every_backend_has_its_file(row):
     assert (ROOT / f"csrc/cpu/{row.name}.cpp").exists()
-    assert (ROOT / f"kernels/{row.name}.py").exists()
+    assert (ROOT / f"kernels/{row.name}.py").exists() != row.cpu_only
+    if row.cpu_only:
+        return
     launch = re.search(r"^def launch\(([^)]*)\)", (ROOT / f"kernels/{row.name}.py").read_text(), re.MULTILINE)
     assert launch, "kernels/<op>.py has launch(<schema arguments>)"
     parameters = [p.split(":")[0].split("=")[0].strip() for p in launch.group(1).split(",") if p.strip()]
@@ -112,7 +114,7 @@ def test_the_table_lists_every_op_and_is_honest_about_gpus():
                           cwd=ROOT, check=True)
     assert [line.split("`")[1] for line in done.stdout.splitlines()[2:]] == sorted(ops.ROWS)
     if not any(not p.name.startswith("cpu") for p in (ROOT / "bench/results").glob("*")):
-        assert done.stdout.count("compiled, never run") >= len(ROWS)
+        assert done.stdout.count("compiled, never run") >= sum(not row.cpu_only for row in ROWS)
 
 
 def test_importing_ops_brings_in_neither_triton_nor_transformers_nor_diffusers():

@@ -71,6 +71,11 @@ def test_opcheck_traced_with_dynamic_shapes(row):
     torch.library.opcheck(row.overload, case.args(torch.float32), test_utils="test_aot_dispatch_dynamic")
 
 
+def same(one, other) -> bool:
+    pairs = zip(one, other) if isinstance(one, tuple) else [(one, other)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 def test_threads_do_not_change_a_bit(row, dtype):
@@ -82,7 +87,7 @@ def test_threads_do_not_change_a_bit(row, dtype):
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
                 results.append(row.overload(*args))
-            assert all(torch.equal(results[0], other) for other in results[1:]), case.name
+            assert all(same(results[0], other) for other in results[1:]), case.name
     finally:
         torch.set_num_threads(before)
 
@@ -140,6 +145,38 @@ def test_fuzz_geglu(lead, columns, dtype):
     holds("geglu", lambda d: (d.normal(*lead, 2 * columns, scale=3.0),), dtype)
 
 
+@fuzz(40)
+@given(SIZE, st.integers(1, 5), st.integers(1, 9), SIZE, SIZE, LAYOUTS, st.booleans(), st.booleans(), st.integers(0, 2),
+       TYPES)
+def test_fuzz_group_norm_silu_q8(n, groups, width, h, w, layout, shift, silu, pad, dtype):
+    if width * h * w < 2:
+        return
+    c = groups * width
+    holds("group_norm_silu_q8", lambda d: (d.normal(n, c, h, w, layout=layout, offset=0.5),
+                                           d.normal(n, c) if shift else None, groups, d.normal(c, offset=1.0),
+                                           None, 1e-5, silu, pad), dtype)
+
+
+@fuzz(40)
+@given(SIZE, SIZE, st.integers(1, 70), st.booleans(), st.booleans(), TYPES)
+def test_fuzz_layer_norm_modulate_q8(n, tokens, c, modulated, affine, dtype):
+    holds("layer_norm_modulate_q8", lambda d: (
+        d.normal(n, tokens, c), d.normal(n, c) if modulated else None, d.normal(1, c) if modulated else None,
+        d.normal(c) if affine else None, None, 1e-5), dtype)
+
+
+@fuzz(40)
+@given(st.lists(st.integers(0, 6), max_size=3), st.integers(0, 40), st.sampled_from([0.0, 0.3, 3.0]), TYPES)
+def test_fuzz_geglu_q8(lead, columns, scale, dtype):
+    holds("geglu_q8", lambda d: (d.normal(*lead, 2 * columns, scale=scale),), dtype)
+
+
+@fuzz(40)
+@given(SIZE, SIZE, SIZE, SIZE, LAYOUTS, st.integers(0, 3), st.sampled_from([-5.0, 0.0, 5.0]), TYPES)
+def test_fuzz_quantize(n, c, h, w, layout, pad, offset, dtype):
+    holds("quantize", lambda d: (d.normal(n, c, h, w, layout=layout, offset=offset), pad), dtype)
+
+
 @fuzz(30)
 @given(SIZE, SIZE, SIZE, SIZE, LAYOUTS, TYPES)
 def test_fuzz_upsample2x(n, c, h, w, layout, dtype):
@@ -182,6 +219,65 @@ def test_nan_is_not_swallowed():
     assert torch.isnan(ops.geglu(torch.tensor([1.0, float("nan")]))).all()
 
 
+Q8_CALLS = {
+    "quantize": lambda x: ops.quantize(x, pad=1),
+    "group_norm_silu_q8": lambda x: ops.group_norm_silu_q8(x, 2, pad=1),
+    "layer_norm_modulate_q8": ops.layer_norm_modulate_q8,
+    "geglu_q8": ops.geglu_q8,
+}
+
+
+@pytest.mark.parametrize("kernel", ["live", "reference"])
+@pytest.mark.parametrize("place_of_it", [0, 37, -1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", Q8_CALLS)
+def test_codes_of_what_is_not_finite_decode_to_nan(name, value, place_of_it, kernel, monkeypatch):
+    """A code cannot be NaN: the scale has to be, or a broken picture would look like a plausible one."""
+    if kernel == "reference":
+        monkeypatch.setattr(sys.modules[f"ldmfast.ops.{name}"], "_call", ops.ROWS[name].reference)
+    x = torch.randn(2, 6, 5, 4)
+    x.view(-1)[place_of_it] = value
+    q, scale, zero_point = Q8_CALLS[name](x)
+    assert torch.isnan(scale).all() and int(zero_point) == 0 and int(q.max()) == 0
+    assert torch.isnan((q.int() - zero_point) * scale).all()
+
+
+@pytest.mark.parametrize("name", Q8_CALLS)
+def test_codes_of_zeros(name):
+    """gain, gate and image of zeros: scale 1 and zero point 0, not a division by zero."""
+    q, scale, zero_point = Q8_CALLS[name](torch.zeros(2, 6, 5, 4))
+    assert (float(scale), int(zero_point), int(q.max())) == (1.0, 0, 0)
+
+
+def test_convolution_of_the_codes_needs_no_padding_and_a_constant():
+    """What the border and the zero point are for: conv(codes, no padding) - zero_point * sum(weights) is, times scale,
+    the convolution padded with zeros of the decoded image."""
+    x = torch.randn(2, 6, 7, 5)
+    weight = torch.randn(4, 6, 3, 3).double()
+    q, scale, zero_point = ops.quantize(x, pad=1)
+    ours = torch.conv2d(q.double(), weight) - zero_point * weight.sum((1, 2, 3)).view(-1, 1, 1)
+    decoded = (q[:, :, 1:-1, 1:-1].double() - zero_point) * scale.double()
+    assert (ours * scale.double() - torch.conv2d(decoded, weight, padding=1)).abs().max() < 1e-9
+    assert (decoded - x).abs().max() <= 0.51 * float(scale)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_codes_of_an_image_are_channels_last(layout):
+    x = place(torch.randn(2, 8, 5, 7), layout)
+    for q, *_ in (ops.quantize(x, pad=1), ops.quantize(x), ops.group_norm_silu_q8(x, 4)):
+        assert memory_format(q) == torch.channels_last
+
+
+def test_range_of_geglu_is_exact_where_its_bound_is_loose():
+    """Far below zero gelu is 0, not the bound -0.17: a large value there must not widen the range."""
+    x = torch.zeros(3, 64)
+    x[:, :32], x[:, 32:] = 100.0, -8.0
+    x[1, 3], x[1, 35] = 2.0, 1.0
+    _, scale, _ = ops.geglu_q8(x)
+    y = ops.geglu(x.double())
+    assert float(scale) * 255 == pytest.approx(float(y.max() - min(y.min(), 0)), rel=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_layout_is_kept(layout):
     x = place(torch.randn(2, 8, 5, 7), layout)
@@ -208,6 +304,11 @@ BAD = {
     "scale": (lambda: ops.layer_norm_modulate(T, torch.ones(3, 8)), ShapeError, r"scale has shape \(3, 8\)"),
     "ln_bias": (lambda: ops.layer_norm_modulate(T, bias=torch.ones(2)), ShapeError, r"bias has shape \(2,\)"),
     "odd": (lambda: ops.geglu(torch.ones(2, 5)), ShapeError, "even last dimension"),
+    "q8_groups": (lambda: ops.group_norm_silu_q8(X, 3), ShapeError, "group_norm_silu_q8: 8 channels do not split"),
+    "q8_scale": (lambda: ops.layer_norm_modulate_q8(T, torch.ones(3, 8)), ShapeError, r"_q8: scale has shape \(3, 8\)"),
+    "q8_odd": (lambda: ops.geglu_q8(torch.ones(2, 5)), ShapeError, "geglu_q8: x has shape .* even last dimension"),
+    "pad_rank": (lambda: ops.quantize(T, pad=1), ShapeError, r"quantize: pad is 1 for x of shape \(2, 5, 8\)"),
+    "pad_below": (lambda: ops.group_norm_silu_q8(X, 4, pad=-1), ShapeError, "pad is -1 for x of shape"),
     "rank": (lambda: ops.upsample2x(T), ShapeError, "needs \\(N, C, H, W\\)"),
     "columns": (lambda: ops.lincomb(TABLE, 0, [X]), ShapeError, r"needs \(rows, 1\)"),
     "row": (lambda: ops.lincomb(TABLE, 3, [X, X]), LdmfastError, "row 3 is not in the table's 0..2"),

@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -34,11 +35,16 @@ constexpr bool is_boxable = std::is_same_v<T, Tensor> || std::is_same_v<T, Optio
                             std::is_same_v<T, int64_t> || std::is_same_v<T, bool> ||
                             std::is_same_v<T, std::optional<double>> || std::is_same_v<T, std::optional<int64_t>>;
 
+template <class R>
+constexpr bool is_result = is_boxable<R>;
+template <class... R>
+constexpr bool is_result<std::tuple<R...>> = (is_boxable<R> && ...);
+
 template <class>
 struct Signature;
 template <class R, class... A>
 struct Signature<R(A...)> {
-  static constexpr bool boxable = is_boxable<R> && (is_boxable<std::decay_t<A>> && ...);
+  static constexpr bool boxable = is_result<R> && (is_boxable<std::decay_t<A>> && ...);
 };
 
 template <auto fn>
@@ -62,15 +68,19 @@ inline Sizes sizes_of(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes
 inline Sizes strides_of(const Tensor& t) { return Sizes(t.strides().begin(), t.strides().end()); }
 
 // New memory on t's device; the plain shim call boxes nothing, so it is cheaper than torch::stable::empty.
-inline Tensor empty_strided(const Tensor& t, const Sizes& sizes, const Sizes& strides) {
-  int32_t dtype, device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+inline Tensor empty_strided(const Tensor& t, const Sizes& sizes, const Sizes& strides, int32_t dtype) {
+  int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                                   device_type, device_index, &handle));
   return Tensor(handle);
+}
+inline Tensor empty_strided(const Tensor& t, const Sizes& sizes, const Sizes& strides) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return empty_strided(t, sizes, strides, dtype);
 }
 
 }  // namespace ldmfast

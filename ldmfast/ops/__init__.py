@@ -8,9 +8,13 @@ from __future__ import annotations
 from . import _load, _op
 from .attention import attention
 from .geglu import geglu
+from .geglu_q8 import geglu_q8
 from .group_norm_silu import group_norm_silu
+from .group_norm_silu_q8 import group_norm_silu_q8
 from .layer_norm_modulate import layer_norm_modulate
+from .layer_norm_modulate_q8 import layer_norm_modulate_q8
 from .lincomb import lincomb
+from .quantize import quantize
 from .upsample2x import upsample2x
 
 ROWS = _op.ROWS
@@ -19,5 +23,6 @@ CUDA_LIBRARY = _load.load_cuda()
 _op.register_triton()
 
 __all__ = [
-    "attention", "geglu", "group_norm_silu", "layer_norm_modulate", "lincomb", "upsample2x",
+    "attention", "geglu", "geglu_q8", "group_norm_silu", "group_norm_silu_q8", "layer_norm_modulate",
+    "layer_norm_modulate_q8", "lincomb", "quantize", "upsample2x",
 ]

@@ -82,7 +82,7 @@ def case(name: str, tags: str, make: Callable[[Draw], tuple[Any, ...]]) -> Case:
 
 @dataclass(frozen=True)
 class Op:
-    """One row.
+    """One row. Its functions give one tensor, or a tuple of them if the schema says so.
 
     ``reference`` is the only oracle; it computes in fp32, or in fp64 when its input is fp64. ``peer`` is what a user
     of torch writes instead, in the tensors' own dtype: its error bounds what a kernel may have, and its time is what
@@ -91,11 +91,12 @@ class Op:
 
     name: str
     schema: str
-    reference: Callable[..., Tensor] = field(repr=False)
-    fake: Callable[..., Tensor] = field(repr=False)
+    reference: Callable[..., Any] = field(repr=False)
+    fake: Callable[..., Any] = field(repr=False)
     cases: Callable[[], Iterable[Case]] = field(repr=False)
     cost: Callable[..., Cost] = field(repr=False)
-    peer: Callable[..., Tensor] = field(repr=False)
+    peer: Callable[..., Any] = field(repr=False)
+    cpu_only: bool = False  # no Triton kernel yet: on a GPU the reference runs
 
     @property
     def overload(self) -> Any:

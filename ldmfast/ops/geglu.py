@@ -52,13 +52,16 @@ def cases() -> Iterator[Case]:
 _call = register(Op("geglu", "(Tensor x) -> Tensor", reference, fake, cases, cost, peer))
 
 
+def check(op: str, x: Tensor) -> None:
+    if x.ndim < 1 or x.shape[-1] % 2:
+        raise ShapeError(f"{op}: x has shape {shape_of(x)}, needs an even last dimension (value and gate halves)")
+
+
 def geglu(x: Tensor) -> Tensor:
     """GEGLU (Shazeer 2020, equation 6 without the matrices): x[..., :D] * gelu(x[..., D:]), gelu with erf.
 
     x: (..., 2 D), floating. Output: (..., D), contiguous, x's dtype.
     Raises ShapeError for an odd last dimension.
     """
-    if x.ndim < 1 or x.shape[-1] % 2:
-        raise ShapeError(f"geglu: x has shape {shape_of(x)}, needs an even last dimension "
-                         "(value and gate halves)")
+    check("geglu", x)
     return _call(x)

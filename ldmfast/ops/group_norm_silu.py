@@ -88,6 +88,21 @@ _call = register(Op("group_norm_silu", "(Tensor x, Tensor? shift, int num_groups
                     "Tensor? bias, float eps, bool silu) -> Tensor", reference, fake, cases, cost, peer))
 
 
+def check(op: str, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None,
+          shift: Tensor | None) -> None:
+    if x.ndim < 2:
+        raise ShapeError(f"{op}: x has {x.ndim} dimensions, needs (N, C, *spatial)")
+    c = x.shape[1]
+    if num_groups < 1 or c % num_groups:
+        raise ShapeError(f"{op}: {c} channels do not split into {num_groups} groups; "
+                         "give a number of groups that divides the channels")
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and (p.ndim != 1 or p.shape[0] != c):
+            raise ShapeError(f"{op}: {name} has shape {shape_of(p)}, needs ({c},)")
+    if shift is not None and (shift.ndim != 2 or shift.shape[0] != x.shape[0] or shift.shape[1] != c):
+        raise ShapeError(f"{op}: shift has shape {shape_of(shift)}, needs ({x.shape[0]}, {c})")
+
+
 def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
                     eps: float = 1e-5, *, shift: Tensor | None = None, silu: bool = True) -> Tensor:
     """GroupNorm(x + shift), then SiLU: y * sigmoid(y) (Wu and He 2018, equation 1; ResBlock of DDPM).
@@ -97,15 +112,5 @@ def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = None, bi
     Statistics are taken in fp32 (fp64 for fp64). silu=False leaves the activation out.
     Raises ShapeError when sizes do not fit.
     """
-    if x.ndim < 2:
-        raise ShapeError(f"group_norm_silu: x has {x.ndim} dimensions, needs (N, C, *spatial)")
-    c = x.shape[1]
-    if num_groups < 1 or c % num_groups:
-        raise ShapeError(f"group_norm_silu: {c} channels do not split into {num_groups} groups; "
-                         "give a number of groups that divides the channels")
-    for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and (p.ndim != 1 or p.shape[0] != c):
-            raise ShapeError(f"group_norm_silu: {name} has shape {shape_of(p)}, needs ({c},)")
-    if shift is not None and (shift.ndim != 2 or shift.shape[0] != x.shape[0] or shift.shape[1] != c):
-        raise ShapeError(f"group_norm_silu: shift has shape {shape_of(shift)}, needs ({x.shape[0]}, {c})")
+    check("group_norm_silu", x, num_groups, weight, bias, shift)
     return _call(x, shift, num_groups, weight, bias, eps, silu)

@@ -86,7 +86,16 @@ _call = register(Op("layer_norm_modulate", "(Tensor x, Tensor? scale, Tensor? sh
                     "Tensor? bias, float eps) -> Tensor", reference, fake, cases, cost, peer))
 
 
-def _condition(name: str, p: Tensor | None, x: Tensor) -> Tensor | None:
+def check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    if x.ndim < 2:
+        raise ShapeError(f"{op}: x has {x.ndim} dimensions, needs (..., tokens, channels)")
+    c = x.shape[-1]
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and (p.ndim != 1 or p.shape[0] != c):
+            raise ShapeError(f"{op}: {name} has shape {shape_of(p)}, needs ({c},)")
+
+
+def condition(op: str, name: str, p: Tensor | None, x: Tensor) -> Tensor | None:
     """Brings scale or shift to (batches or 1, C), the form the kernels take."""
     if p is None:
         return None
@@ -95,7 +104,7 @@ def _condition(name: str, p: Tensor | None, x: Tensor) -> Tensor | None:
         p = p.squeeze(-2)
     if p.shape[-1:] == (c,) and (p.ndim == 1 or p.shape[:-1] == lead or numel(p.shape[:-1]) == 1):
         return p.reshape(-1, c) if p.ndim != 2 else p
-    raise ShapeError(f"layer_norm_modulate: {name} has shape {shape_of(p)}, needs {(*lead, c)}, "
+    raise ShapeError(f"{op}: {name} has shape {shape_of(p)}, needs {(*lead, c)}, "
                      f"{(*lead, 1, c)} or ({c},) for x of shape {shape_of(x)}")
 
 
@@ -109,10 +118,6 @@ def layer_norm_modulate(x: Tensor, scale: Tensor | None = None, shift: Tensor | 
     weight, bias: (C,). Output: contiguous, x's shape and dtype. Statistics in fp32 (fp64 for fp64).
     Raises ShapeError when sizes do not fit.
     """
-    if x.ndim < 2:
-        raise ShapeError(f"layer_norm_modulate: x has {x.ndim} dimensions, needs (..., tokens, channels)")
-    c = x.shape[-1]
-    for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and (p.ndim != 1 or p.shape[0] != c):
-            raise ShapeError(f"layer_norm_modulate: {name} has shape {shape_of(p)}, needs ({c},)")
-    return _call(x, _condition("scale", scale, x), _condition("shift", shift, x), weight, bias, eps)
+    name = "layer_norm_modulate"
+    check(name, x, weight, bias)
+    return _call(x, condition(name, "scale", scale, x), condition(name, "shift", shift, x), weight, bias, eps)
