@@ -96,7 +96,7 @@ def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weight (out, ...) -> int8 values and one fp32 scale for each output, symmetric: value * scale."""
     rows = weight.detach().float().flatten(1)
     scale = rows.abs().amax(1).div_(127.0)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # NaN stays: the product shows it
+    scale = torch.where(scale == 0, 1.0, scale)  # NaN stays: the product shows it
     values = (rows / scale[:, None]).nan_to_num_(0.0).round_().clamp_(-127, 127)
     return values.to(torch.int8).view(weight.shape), scale
 
@@ -229,7 +229,7 @@ class Conv2d(nn.Conv2d):
 
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None) -> Tensor:
         if isinstance(x, Tensor):
-            x = Quantized(*ops.quantize(x, self.border))
+            x = Quantized(*ops.quantize(x, pad=self.border))
         if not w.packed:
             out = F.conv2d(_float(x, torch.float32), w.dense(torch.float32), self.bias, self.stride, 0, self.dilation,
                            self.groups).to(torch.bfloat16)

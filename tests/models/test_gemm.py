@@ -140,7 +140,7 @@ def test_int8_conv(shape, library) -> None:
     bias = layer.bias.double()
     layer.quantize()
     plain = (draw(n, c, h, w) + 0.7).contiguous(memory_format=torch.channels_last)
-    x = Quantized(*ops.quantize(plain, padding))
+    x = Quantized(*ops.quantize(plain, pad=padding))
     inner = exact_of(x)[:, :, padding:padding + h, padding:padding + w]
     exact = F.conv2d(inner, values.double() * scale.double().view(-1, 1, 1, 1), bias, stride, padding)
     close(layer(x), exact, torch.bfloat16)
