@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, PrecisionError
-from ..quantization import default_plan
+from ..quantization import Plan
 from .autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Posterior
 from .autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from .base import Config, Model
@@ -34,7 +34,7 @@ def from_diffusers(module: nn.Module, dtype: torch.dtype | None = None, precisio
 
     module: an instance of a class named in REGISTRY, or of a subclass. dtype: converts (and so copies) the
     weights. precision: "exact" (the weights' own dtype), "bf16", or "int8" (W8A8 products, the rest in bf16; a
-    linear or convolution is left in bf16 where ``quantization.default_plan`` says so).
+    linear or convolution is left in bf16 where ``quantization.can_be_int8`` says so).
     Raises CheckpointError for another class or an unsupported config, PrecisionError for another precision.
     """
     if precision not in ("exact", "bf16", "int8"):
@@ -47,10 +47,8 @@ def from_diffusers(module: nn.Module, dtype: torch.dtype | None = None, precisio
     weights = module.state_dict()
     build = REGISTRY[found][1].from_weights
     wanted = dtype or (None if precision == "exact" else torch.bfloat16)
-    if wanted is None:
-        return build(dict(settings), weights)
-    converted = ((name, w.to(wanted) if w.is_floating_point() else w) for name, w in weights.items())
-    return build(dict(settings), converted, pack=True, int8=default_plan if precision == "int8" else None)
+    return build(dict(settings), weights, pack=wanted is not None, int8=Plan() if precision == "int8" else None,
+                 dtype=wanted)
 
 
 __all__ = [

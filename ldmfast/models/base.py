@@ -3,8 +3,9 @@ read."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..ops._load import keep_freed_memory
-from .gemm import Conv2d, Linear
+from ..quantization import Plan
+from .gemm import Conv2d, Linear, rows_to_int8
 from .layers import Attention
 
 C = TypeVar("C", bound="Config")
@@ -89,6 +91,8 @@ class Model(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config: Any = config
+        self.plan: Plan | None = None
+        self.variants: tuple[Any, ...] = ()
 
     @classmethod
     def from_config(cls: type[M], config: Config | Mapping[str, Any]) -> M:
@@ -107,13 +111,14 @@ class Model(nn.Module):
     @classmethod
     def from_weights(cls: type[M], config: Config | Mapping[str, Any],
                      weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], *, pack: bool = False,
-                     int8: Callable[[str], bool] | None = None) -> M:
+                     int8: Plan | None = None, dtype: torch.dtype | None = None) -> M:
         """Builds the network from the given tensors (diffusers' parameter names), as they arrive.
 
-        pack False: around the tensors, without copying them. pack True: brings each layer into the layout of its
-        kernels as soon as its tensors are there, and lets go of them, so that no second copy of the model is ever
-        in memory; such a model has no state_dict for other programs. int8: called with the name of each linear and
-        convolution, says which become W8A8 (with pack only).
+        pack False: around the tensors, without copying those that have ``dtype`` already. pack True: brings each
+        layer into the layout of its kernels as soon as its tensors are there, and lets go of them, so that no second
+        copy of the model is ever in memory; such a model has no state_dict for other programs. int8: the plan by
+        which layers become W8A8 (with pack only); they are rounded from the tensors as given. dtype: of all other
+        floating tensors.
         Raises CheckpointError when a tensor is missing, left over, or of another shape than the config asks.
         """
         with torch.device("meta"):
@@ -126,6 +131,9 @@ class Model(nn.Module):
         for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
             check_tensor(cls.__name__, wanted, name, tensor)
             given.add(name)
+            waits = int8 is not None and name in units  # rounded to 8 bits, or converted, when it is complete
+            if dtype is not None and tensor.is_floating_point() and not waits:
+                tensor = tensor.to(dtype)
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)
             if leaf in owner._buffers:
@@ -133,9 +141,35 @@ class Model(nn.Module):
             else:
                 owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
             if name in units and not units[name].waits_for(name):
-                units[name].settle(model, int8)
+                units[name].settle(model, int8, dtype)
         check_complete(cls.__name__, wanted, given)
-        return model.requires_grad_(False)
+        model.requires_grad_(False)
+        return model if int8 is None else model.with_plan(int8)
+
+    def with_plan(self: M, plan: Plan) -> M:
+        """Prepares one network for each range of timesteps of an int8 plan; they share this one's tensors."""
+        if len(plan.ranges) > 1:
+            self.variants = tuple(self._variant(r.kept) for r in plan.ranges)
+            self.plan = plan
+        return self
+
+    def at(self: M, timesteps: Sequence[float]) -> M:
+        """The network for these timesteps (one, or one a picture: then the one that leaves most in bf16)."""
+        if self.plan is None:
+            return self
+        plan = self.plan
+        return self.variants[max((plan.at(t) for t in timesteps), key=lambda i: len(plan.ranges[i].kept), default=0)]
+
+    def _variant(self: M, kept: frozenset[str]) -> M:
+        shared = {id(t): t for t in (*self.parameters(), *self.buffers())}
+        twin = copy.deepcopy(self, shared)
+        for name, layer in twin.named_modules():
+            if isinstance(layer, (Linear, Conv2d)) and layer.int8 is not None and layer.weight is not None:
+                if name in kept:
+                    layer.int8 = None
+                else:
+                    layer.register_parameter("weight", None)
+        return twin
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,16 +192,20 @@ class _Unit:
         self.waiting.discard(name)
         return bool(self.waiting)
 
-    def settle(self, model: nn.Module, int8: Callable[[str], bool] | None) -> None:
+    def settle(self, model: nn.Module, int8: Plan | None, dtype: torch.dtype | None) -> None:
         name, module = self.module, model.get_submodule(self.module)
         if isinstance(module, Attention):
-            name = f"{name}.{module.join()}"
+            module.join()
+            name = f"{name}.{module.joined}"
             module = model.get_submodule(name)
         assert isinstance(module, (Linear, Conv2d))
-        if int8 is not None and int8(name):
-            module.quantize()
-        else:
+        eight = rows_to_int8(module.weight) if int8 is not None and int8.needs_int8(name) else None
+        if dtype is not None:
+            module.to(dtype)
+        if int8 is None or int8.needs_float(name):
             module.pack()
+        if eight is not None and int8 is not None:
+            module.quantize(*eight, keep=int8.needs_float(name))
 
 
 def _units(model: nn.Module) -> dict[str, _Unit]:

@@ -104,15 +104,16 @@ def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 class Int8Weight(nn.Module):
     """Weight of a W8A8 product in the layout of the kernel; nothing of higher precision is kept.
 
-    values: int8 (out, in) or (out, in, kh, kw). scale: fp32 (out,).
+    values: int8 (out, in) or (out, in, kh, kw). scale: fp32 (out,). bias: (out,) or None, kept in fp32.
     """
 
     values: Tensor
     scale: Tensor
+    bias: Tensor | None
     sums: Tensor
     zeros: Tensor
 
-    def __init__(self, values: Tensor, scale: Tensor, conv: nn.Conv2d | None = None):
+    def __init__(self, values: Tensor, scale: Tensor, bias: Tensor | None, conv: nn.Conv2d | None = None):
         super().__init__()
         # what a zero point of 1 adds to each output
         sums = values.flatten(1).sum(1, dtype=torch.int32).float() * scale
@@ -124,6 +125,7 @@ class Int8Weight(nn.Module):
                                                         conv.groups, None)
         self.register_buffer("values", values)
         self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
         self.register_buffer("sums", sums)
         self.register_buffer("zeros", torch.zeros(len(scale), dtype=torch.int64, device=scale.device))
 
@@ -167,14 +169,14 @@ class Linear(nn.Linear):
             x = Quantized(*ops.quantize(x))
         dtype = torch.bfloat16 if residual is None else residual.dtype
         if not w.packed:
-            out = F.linear(_float(x, torch.float32), w.dense(torch.float32), self.bias).to(dtype)
+            out = F.linear(_float(x, torch.float32), w.dense(torch.float32), w.bias).to(dtype)
             return out if residual is None else out.add_(residual)
         if x.values.numel() == 0:
             return x.scale.new_empty((*x.values.shape[:-1], self.out_features), dtype=dtype)
         q = torch.ops.onednn.qlinear_pointwise
         if residual is None:
-            return q.tensor(*x, w.values, w.scale, w.zeros, self.bias, 1.0, 0, dtype, "none", [], "")
-        return q.binary_tensor(*x, w.values, w.scale, w.zeros, residual, self.bias, 1.0, 0, dtype, 1.0, 0, "add", 1.0,
+            return q.tensor(*x, w.values, w.scale, w.zeros, w.bias, 1.0, 0, dtype, "none", [], "")
+        return q.binary_tensor(*x, w.values, w.scale, w.zeros, residual, w.bias, 1.0, 0, dtype, 1.0, 0, "add", 1.0,
                                "none", [], "")
 
     def pack(self) -> None:
@@ -182,14 +184,14 @@ class Linear(nn.Linear):
         if self.int8 is None and packable(self.weight):
             self.weight = _fixed(torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None))
 
-    def quantize(self, values: Tensor | None = None, scale: Tensor | None = None) -> None:
-        """Turns into a W8A8 layer: of its own weight, or of stored values and scales."""
+    def quantize(self, values: Tensor | None = None, scale: Tensor | None = None, keep: bool = False) -> None:
+        """Turns into a W8A8 layer: of its own plain weight, or of stored values and scales. keep: the weight stays,
+        too, for a network that uses the layer in both ways (``Model.with_plan``)."""
         if values is None or scale is None:
             values, scale = rows_to_int8(self.weight)
-        self.int8 = Int8Weight(values, scale)
-        self.register_parameter("weight", None)
-        if self.bias is not None:
-            self.bias = _fixed(self.bias.detach().float())
+        if not keep:
+            self.register_parameter("weight", None)
+        self.int8 = Int8Weight(values, scale, self.bias)
 
     @classmethod
     def join(cls, layers: Sequence[Linear]) -> Linear:
@@ -231,13 +233,13 @@ class Conv2d(nn.Conv2d):
         if isinstance(x, Tensor):
             x = Quantized(*ops.quantize(x, pad=self.border))
         if not w.packed:
-            out = F.conv2d(_float(x, torch.float32), w.dense(torch.float32), self.bias, self.stride, 0, self.dilation,
+            out = F.conv2d(_float(x, torch.float32), w.dense(torch.float32), w.bias, self.stride, 0, self.dilation,
                            self.groups).to(torch.bfloat16)
         else:
             # a zero point inside oneDNN's convolution costs a factor, so the bias takes its part; the border of the
             # picture already holds it
             bias = (w.sums * (x.scale * x.zero_point)).neg_()
-            bias = bias if self.bias is None else bias.add_(self.bias)
+            bias = bias if w.bias is None else bias.add_(w.bias)
             out = torch.ops.onednn.qconv_pointwise.tensor(
                 x.values, x.scale, torch.zeros_like(x.zero_point), w.values, w.scale, w.zeros, bias, self.stride,
                 (0, 0), self.dilation, self.groups, 1.0, 0, torch.bfloat16, "none", [], "")
@@ -256,14 +258,14 @@ class Conv2d(nn.Conv2d):
         elif self.int8 is None and not self.weight.is_mkldnn:  # read without reordering by channels-last convolutions
             self.weight = _fixed(self.weight.detach().contiguous(memory_format=torch.channels_last))
 
-    def quantize(self, values: Tensor | None = None, scale: Tensor | None = None) -> None:
-        """Turns into a W8A8 layer: of its own weight, or of stored values and scales."""
+    def quantize(self, values: Tensor | None = None, scale: Tensor | None = None, keep: bool = False) -> None:
+        """Turns into a W8A8 layer: of its own plain weight, or of stored values and scales. keep: the weight stays,
+        too, for a network that uses the layer in both ways (``Model.with_plan``)."""
         if values is None or scale is None:
             values, scale = rows_to_int8(self.weight)
-        self.int8 = Int8Weight(values, scale, self)
-        self.register_parameter("weight", None)
-        if self.bias is not None:
-            self.bias = _fixed(self.bias.detach().float())
+        if not keep:
+            self.register_parameter("weight", None)
+        self.int8 = Int8Weight(values, scale, self.bias, self)
 
 
 def _fixed(x: Tensor) -> nn.Parameter:

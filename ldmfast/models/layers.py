@@ -203,13 +203,16 @@ class Attention(nn.Module):
         """The layers that share an input, in the order in which ``join`` puts them side by side."""
         return ("to_q", "to_k", "to_v") if self.context_dim is None else ("to_k", "to_v")
 
-    def join(self) -> str:
-        """Makes one layer of those that share an input, once; returns its name. Theirs are None afterwards."""
-        name = "to_qkv" if self.context_dim is None else "to_kv"
-        setattr(self, name, Linear.join([getattr(self, n) for n in self.joins]))
+    @property
+    def joined(self) -> str:
+        """The name of what ``join`` makes."""
+        return "to_qkv" if self.context_dim is None else "to_kv"
+
+    def join(self) -> None:
+        """Makes one layer of those that share an input, once; theirs are None afterwards."""
+        setattr(self, self.joined, Linear.join([getattr(self, n) for n in self.joins]))
         for n in self.joins:
             setattr(self, n, None)
-        return name
 
     @property
     def entry(self) -> Linear:

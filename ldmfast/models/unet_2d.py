@@ -49,7 +49,7 @@ class UNet2D(UNetTrunk):
             state = self.prepare(timestep, class_labels=class_labels)
         elif class_labels is not None:
             raise LdmfastError("class_labels were given together with a prepared state; give one of the two")
-        return self.run(sample, state.step(timestep, len(sample)))
+        return self.at(as_list(timestep)).run(sample, state.step(timestep, len(sample)))
 
 
 def _whole(timesteps: Tensor | Sequence[float] | float) -> list[float]:

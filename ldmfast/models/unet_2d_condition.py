@@ -108,8 +108,8 @@ class UNet2DCondition(UNetTrunk):
         if adapters is None and mid_block_additional_residual is None:
             controls, adapters = None, controls  # diffusers' older way to pass T2I-Adapter residuals
         controlled = controls is not None and mid_block_additional_residual is not None
-        return self.run(sample, step, controls if controlled else None,
-                        mid_block_additional_residual if controlled else None, adapters)
+        return self.at(as_list(timestep)).run(sample, step, controls if controlled else None,
+                                              mid_block_additional_residual if controlled else None, adapters)
 
     def _prompt(self, prompt: Tensor | None) -> Tensor | None:
         c = self.config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..checkpoints import Parts
 from ..errors import CheckpointError, DeviceError, PrecisionError
 from ..models import REGISTRY
 from ..models.base import check_names
-from ..quantization import default_plan
+from ..quantization import Plan, store
 from ..samplers import Schedule
 from .text import TextEncoder
 
@@ -75,20 +75,23 @@ def resolve_precision(
     if precision not in PRECISIONS:
         raise PrecisionError(f"precision={precision!r} is not available in this version: use 'exact', 'bf16', 'int8' "
                              "or 'auto'")
+    if precision == "int8" and device.type != "cpu":
+        raise PrecisionError("precision='int8' runs on a CPU so far: use 'bf16' or 'exact' on this device")
     if dtype is not None and dtype != PRECISIONS[precision]:
         raise PrecisionError(f"precision={precision!r} and dtype={dtype} contradict each other: give one of them")
     return precision, PRECISIONS[precision]
 
 
 def _model(parts: Parts, part: str, dtype: torch.dtype, device: torch.device,
-           int8: Callable[[str], bool] | None = None) -> Any:
+           int8: Plan | None = None) -> Any:
     config = parts.config(part)
     name = config.get("_class_name") or parts.class_name(part)
     if name not in REGISTRY:
         raise CheckpointError(f"{parts.path}: part {part!r} is a {name}, which is not supported; "
                               f"supported: {', '.join(sorted(REGISTRY))}")
     try:
-        model = REGISTRY[name][1].from_weights(config, parts.stream(part, dtype, device), pack=True, int8=int8)
+        model = REGISTRY[name][1].from_weights(
+            config, parts.stream(part, None if int8 else dtype, device), pack=True, int8=int8, dtype=dtype)
     except CheckpointError as error:
         where = "" if str(parts.path) in str(error) else f"{parts.path}: part {part!r}: "
         raise CheckpointError(f"{where}{error}") from error
@@ -140,9 +143,35 @@ def _as_installed(weights: dict[str, torch.Tensor], wanted: set[str]) -> dict[st
     return {k.removeprefix(prefix): v for k, v in weights.items()}
 
 
+def int8_file(parts: Parts) -> Path:
+    """Where the calibrated int8 network of a checkpoint is, if there is one."""
+    folder = parts.folder("unet")
+    return folder / store.NAME if folder is not None else parts.path.with_name(f"{parts.path.stem}.{store.NAME}")
+
+
+def fingerprint_of(parts: Parts) -> str:
+    """The fingerprint of the UNet's weights, or of the single file."""
+    return fingerprint(parts.folder("unet") or parts.path)
+
+
+def _int8_unet(parts: Parts, device: torch.device) -> Any:
+    """From the calibrated file beside the weights, otherwise from the weights with the plan that needs no data."""
+    file = int8_file(parts)
+    if file.exists():
+        plan, made_from, header = store.read_plan(file)
+        if made_from == fingerprint_of(parts):
+            config = parts.config("unet")
+            cls = REGISTRY[config.get("_class_name") or parts.class_name("unet")][1]
+            return store.load(cls, config, header, plan).eval()
+        warnings.warn(f"{file} was made from other weights than are there now; it is not used (write it again with "
+                      "'ldmfast quantize')", stacklevel=2)
+    return _model(parts, "unet", torch.bfloat16, device, Plan())
+
+
 def fingerprint(path: Path) -> str:
     """Sixteen hex digits over names, sizes and both ends of the weight files: cheap, tells models apart."""
-    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin")]
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.suffix in (".safetensors", ".bin")
+                                           and f.name != store.NAME]
     digest = hashlib.sha256()
     for file in sorted(files):
         size = file.stat().st_size
@@ -200,7 +229,7 @@ def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device)
             raise CheckpointError(f"{parts.path}: has part 'text_encoder{suffix}' but no 'tokenizer{suffix}'")
         encoders.append(TextEncoder(_tokenizer(parts, f"tokenizer{suffix}"),
                                     _text_encoder(parts, f"text_encoder{suffix}", dtype, device), two))
-    unet = _model(parts, "unet", dtype, device, default_plan if precision == "int8" else None)
+    unet = _int8_unet(parts, device) if precision == "int8" else _model(parts, "unet", dtype, device)
     upcast = dtype == torch.float16 and parts.config(vae_part).get("force_upcast", False)
     vae = _model(parts, vae_part, torch.float32 if upcast else dtype, device)
     return Components(unet, vae, tuple(encoders), schedule, scheduler_config, parts.index, _defaults(parts),

@@ -91,8 +91,8 @@ def test_packed_weight_is_the_weight() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_joined_attention_equals_separate(context_dim, bias) -> None:
     plain, joined = (filled(Attention(16, 2, 8, context_dim, bias), torch.float32) for _ in range(2))
-    name = joined.join()
-    getattr(joined, name).pack()
+    joined.join()
+    getattr(joined, joined.joined).pack()
     x = draw(2, 9, 16)
     context = None if context_dim is None else draw(2, 5, context_dim, seed=3)
     outs = [m(x, None if context is None else m.keys_values(context)) for m in (plain, joined)]
