@@ -161,14 +161,13 @@ class Model(nn.Module):
         return self.variants[max((plan.at(t) for t in timesteps), key=lambda i: len(plan.ranges[i].kept), default=0)]
 
     def _variant(self: M, kept: frozenset[str]) -> M:
-        shared = {id(t): t for t in (*self.parameters(), *self.buffers())}
-        twin = copy.deepcopy(self, shared)
+        layers = [m for m in self.modules() if isinstance(m, (Linear, Conv2d))]
+        shared: list[Any] = [*self.parameters(), *self.buffers(), *(m.int8 for m in layers if m.int8 is not None)]
+        shared += [m.layout for m in layers if isinstance(m, Conv2d) and m.layout is not None]
+        twin = copy.deepcopy(self, {id(x): x for x in shared})
         for name, layer in twin.named_modules():
-            if isinstance(layer, (Linear, Conv2d)) and layer.int8 is not None and layer.weight is not None:
-                if name in kept:
-                    layer.int8 = None
-                else:
-                    layer.register_parameter("weight", None)
+            if name in kept and isinstance(layer, (Linear, Conv2d)):
+                layer.int8 = None
         return twin
 
     @property

@@ -6,8 +6,9 @@ are compared once, at import; where one differs, torch's public functions run in
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,9 @@ def _as_expected(schemas: dict[str, str], instead: str) -> bool:
 
 ONEDNN = _as_expected(_SCHEMAS, "products run through torch.nn.functional, which is slower")
 ONEDNN_INT8 = _as_expected(_INT8_SCHEMAS, "int8 products run as floating-point ones, which is slower")
+# below AVX-512 oneDNN writes an 8-bit product as bf16 through a reference kernel, forty times slower
+_LIMIT = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+_WRITES_BF16 = torch.cpu._is_avx512_supported() and _LIMIT not in ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
 _DTYPES = {torch.float32} | ({torch.bfloat16} if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
 
 
@@ -101,13 +105,39 @@ def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.int8).view(weight.shape), scale
 
 
+class Packed:
+    """A convolution's weight in the layout that oneDNN prefers for the input of one size.
+
+    The layout depends on the size, and with a foreign one oneDNN falls to a reference kernel, twenty times slower; so
+    another size rearranges the weight, which costs what torch's own convolution pays at every call. Numbers never
+    change, and a thread that still computes with the former layout keeps it alive.
+    """
+
+    def __init__(self, weight: Tensor, reorder: Callable[[Tensor, list[int]], Tensor]):
+        self.held: tuple[tuple[int, ...], Tensor] = ((), weight)
+        self.reorder = reorder
+
+    def dense(self) -> Tensor:
+        """The weight (out, in, kh, kw), of the numbers that were given."""
+        weight = self.held[1]
+        return weight.to_dense() if weight.is_mkldnn else weight
+
+    def at(self, x: Tensor) -> Tensor:
+        """The weight for an input like x."""
+        shape = tuple(x.shape)
+        made_for, weight = self.held
+        if made_for != shape and x.numel() > 0:
+            weight = self.reorder(weight.to_dense() if weight.is_mkldnn else weight, list(shape))
+            self.held = (shape, weight)
+        return weight
+
+
 class Int8Weight(nn.Module):
     """Weight of a W8A8 product in the layout of the kernel; nothing of higher precision is kept.
 
     values: int8 (out, in) or (out, in, kh, kw). scale: fp32 (out,). bias: (out,) or None, kept in fp32.
     """
 
-    values: Tensor
     scale: Tensor
     bias: Tensor | None
     sums: Tensor
@@ -117,25 +147,25 @@ class Int8Weight(nn.Module):
         super().__init__()
         # what a zero point of 1 adds to each output
         sums = values.flatten(1).sum(1, dtype=torch.int32).float() * scale
-        if ONEDNN_INT8 and values.device.type == "cpu":
-            if conv is None:
-                values = torch.ops.onednn.qlinear_prepack(values, None)
-            else:
-                values = torch.ops.onednn.qconv_prepack(values, scale, 1.0, 0, conv.stride, (0, 0), conv.dilation,
-                                                        conv.groups, None)
-        self.register_buffer("values", values)
+        self.packed = ONEDNN_INT8 and values.device.type == "cpu"
+        self.layout: Packed | None = None
+        if self.packed and conv is not None:
+            stride, dilation, groups = conv.stride, conv.dilation, conv.groups
+            self.layout = Packed(values, lambda w, shape: torch.ops.onednn.qconv_prepack(
+                w, scale, 1.0, 0, stride, (0, 0), dilation, groups, shape))
+        elif self.packed:
+            self.values = torch.ops.onednn.qlinear_prepack(values, None)
+        else:
+            self.values = values
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
         self.register_buffer("sums", sums)
         self.register_buffer("zeros", torch.zeros(len(scale), dtype=torch.int64, device=scale.device))
 
-    @property
-    def packed(self) -> bool:
-        return self.values.is_mkldnn
-
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the plain values stand for; only where they are not packed."""
-        return (self.values.float() * self.scale.view(-1, *[1] * (self.values.ndim - 1))).to(dtype)
+        """The weight that the values of a convolution, or of an unpacked product, stand for."""
+        values = self.values if self.layout is None else self.layout.dense()
+        return (values.float() * self.scale.view(-1, *[1] * (values.ndim - 1))).to(dtype)
 
 
 def _float(x: Quantized, dtype: torch.dtype) -> Tensor:
@@ -174,8 +204,10 @@ class Linear(nn.Linear):
         if x.values.numel() == 0:
             return x.scale.new_empty((*x.values.shape[:-1], self.out_features), dtype=dtype)
         q = torch.ops.onednn.qlinear_pointwise
-        if residual is None:
-            return q.tensor(*x, w.values, w.scale, w.zeros, w.bias, 1.0, 0, dtype, "none", [], "")
+        if residual is None or not _WRITES_BF16:
+            kind = dtype if _WRITES_BF16 else torch.float32
+            out = q.tensor(*x, w.values, w.scale, w.zeros, w.bias, 1.0, 0, kind, "none", [], "")
+            return (out if residual is None else out.add_(residual)).to(dtype)
         return q.binary_tensor(*x, w.values, w.scale, w.zeros, residual, w.bias, 1.0, 0, dtype, 1.0, 0, "add", 1.0,
                                "none", [], "")
 
@@ -183,6 +215,11 @@ class Linear(nn.Linear):
         """Brings the weight into oneDNN's layout, once; the plain one is let go."""
         if self.int8 is None and packable(self.weight):
             self.weight = _fixed(torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None))
+
+    def dense(self) -> Tensor:
+        """The weight (out, in), plain again if it was packed."""
+        weight = self.weight.detach()
+        return weight.to_dense() if weight.is_mkldnn else weight
 
     def quantize(self, values: Tensor | None = None, scale: Tensor | None = None, keep: bool = False) -> None:
         """Turns into a W8A8 layer: of its own plain weight, or of stored values and scales. keep: the weight stays,
@@ -213,6 +250,7 @@ class Conv2d(nn.Conv2d):
                  bias: bool = True):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
         self.int8 = None
+        self.layout: Packed | None = None
 
     def forward(self, x: Tensor | Quantized, residual: Tensor | None = None) -> Tensor:
         """x: (N, in, H, W), floating, or 8-bit with its padding for a layer with ``int8``; residual: like the
@@ -220,19 +258,21 @@ class Conv2d(nn.Conv2d):
         if self.int8 is not None:
             return self._int8(self.int8, x, residual)
         assert isinstance(x, Tensor)
+        weight = self.weight if self.layout is None else self.layout.at(x)
         if not _onednn(x):
-            out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+            weight = weight.to_dense() if weight.is_mkldnn else weight
+            out = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
             return out if residual is None else out.add_(residual)
         shape = (self.padding, self.stride, self.dilation, self.groups)
         conv = torch.ops.mkldnn._convolution_pointwise
         if residual is None:
-            return conv(x, self.weight, self.bias, *shape, "none", [], "")
-        return conv.binary(x, residual, self.weight, self.bias, *shape, "add", 1.0, None, [], None)
+            return conv(x, weight, self.bias, *shape, "none", [], "")
+        return conv.binary(x, residual, weight, self.bias, *shape, "add", 1.0, None, [], None)
 
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None) -> Tensor:
         if isinstance(x, Tensor):
             x = Quantized(*ops.quantize(x, pad=self.border))
-        if not w.packed:
+        if w.layout is None or x.values.numel() == 0:
             out = F.conv2d(_float(x, torch.float32), w.dense(torch.float32), w.bias, self.stride, 0, self.dilation,
                            self.groups).to(torch.bfloat16)
         else:
@@ -241,8 +281,9 @@ class Conv2d(nn.Conv2d):
             bias = (w.sums * (x.scale * x.zero_point)).neg_()
             bias = bias if w.bias is None else bias.add_(w.bias)
             out = torch.ops.onednn.qconv_pointwise.tensor(
-                x.values, x.scale, torch.zeros_like(x.zero_point), w.values, w.scale, w.zeros, bias, self.stride,
-                (0, 0), self.dilation, self.groups, 1.0, 0, torch.bfloat16, "none", [], "")
+                x.values, x.scale, torch.zeros_like(x.zero_point), w.layout.at(x.values), w.scale, w.zeros, bias,
+                self.stride, (0, 0), self.dilation, self.groups, 1.0, 0,
+                torch.bfloat16 if _WRITES_BF16 else torch.float32, "none", [], "").to(torch.bfloat16)
         return out if residual is None else out.add_(residual)
 
     @property
@@ -251,20 +292,28 @@ class Conv2d(nn.Conv2d):
         return int(self.padding[0])
 
     def pack(self) -> None:
-        """Brings the weight into oneDNN's layout, once; the plain one is let go."""
-        if self.int8 is None and packable(self.weight):
-            self.weight = _fixed(torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight.detach(), self.padding, self.stride, self.dilation, self.groups, None))
-        elif self.int8 is None and not self.weight.is_mkldnn:  # read without reordering by channels-last convolutions
-            self.weight = _fixed(self.weight.detach().contiguous(memory_format=torch.channels_last))
+        """Lets calls bring the weight into oneDNN's layout; ``weight`` is None afterwards."""
+        weight = self.weight.detach().contiguous(memory_format=torch.channels_last)  # the best of the plain layouts
+        if not packable(weight):
+            self.weight = _fixed(weight)
+            return
+        padding, stride, dilation, groups = self.padding, self.stride, self.dilation, self.groups
+        self.layout = Packed(weight, lambda w, shape: torch.ops.mkldnn._reorder_convolution_weight(
+            w, padding, stride, dilation, groups, shape))
+        self.register_parameter("weight", None)
+
+    def dense(self) -> Tensor:
+        """The weight (out, in, kh, kw), plain again if it was packed."""
+        return self.weight.detach() if self.layout is None else self.layout.dense()
 
     def quantize(self, values: Tensor | None = None, scale: Tensor | None = None, keep: bool = False) -> None:
         """Turns into a W8A8 layer: of its own plain weight, or of stored values and scales. keep: the weight stays,
         too, for a network that uses the layer in both ways (``Model.with_plan``)."""
         if values is None or scale is None:
-            values, scale = rows_to_int8(self.weight)
+            values, scale = rows_to_int8(self.dense())
         if not keep:
             self.register_parameter("weight", None)
+            self.layout = None
         self.int8 = Int8Weight(values, scale, self.bias, self)
 
 

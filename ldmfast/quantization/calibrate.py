@@ -108,7 +108,7 @@ def quantize(path: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, 
             pipe(prompt, num_inference_steps=steps, generator=i, output_type="latent", progress=False)
     ends = thirds(list(meter.energies))
     plan = choose(meter.sqnr(ends), ends, least)
-    weights = {name: layer.weight.numel() for name, layer in pipe.unet.named_modules()
+    weights = {name: layer.dense().numel() for name, layer in pipe.unet.named_modules()
                if isinstance(layer, (Linear, Conv2d))}
     config: dict[str, Any] = parts.config("unet")
     name = config.get("_class_name") or parts.class_name("unet")

@@ -79,7 +79,6 @@ def decibel(signal: float, noise: float) -> float:
 
 def _int8_twin(layer: Linear | Conv2d) -> Linear | Conv2d:
     """A W8A8 layer of the same weight."""
-    weight = layer.weight.detach()
     twin: Linear | Conv2d
     with torch.device("meta"):
         if isinstance(layer, Linear):
@@ -87,7 +86,7 @@ def _int8_twin(layer: Linear | Conv2d) -> Linear | Conv2d:
         else:
             twin = Conv2d(layer.in_channels, layer.out_channels, int(layer.kernel_size[0]), int(layer.stride[0]),
                           int(layer.padding[0]), layer.bias is not None)
-    twin.weight = nn.Parameter(weight.to_dense() if weight.is_mkldnn else weight, requires_grad=False)
+    twin.weight = nn.Parameter(layer.dense(), requires_grad=False)
     if layer.bias is not None:
         twin.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
     twin.quantize()

@@ -84,7 +84,29 @@ def test_packed_weight_is_the_weight() -> None:
     for layer in (filled(Linear(20, 12), torch.bfloat16), filled(Conv2d(8, 6, 3, padding=1), torch.bfloat16)):
         plain = layer.weight.clone()
         layer.pack()
-        assert torch.equal(layer.weight.to_dense(), plain)
+        layer((draw(2, 20) if isinstance(layer, Linear) else draw(1, 8, 5, 5)).bfloat16())
+        assert torch.equal(layer.dense(), plain)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_conv_of_changing_sizes_from_many_threads(int8) -> None:
+    """The layout follows the size of the input; no result does, and none depends on who called before."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    layer = filled(Conv2d(96, 96, 3, padding=1), torch.float32)
+    weight = layer.weight.clone()
+    layer.quantize() if int8 else layer.pack()
+    pictures = [draw(1 + i % 2, 96, 6 + 5 * (i % 3), 9, seed=i) for i in range(12)]
+    alone = []
+    for x in pictures:
+        fresh = filled(Conv2d(96, 96, 3, padding=1), torch.float32)
+        fresh.quantize() if int8 else fresh.pack()
+        alone.append(fresh(x))
+    with ThreadPoolExecutor(4) as pool:
+        shared = list(pool.map(layer, pictures * 3))
+    assert all(torch.equal(a, b) for a, b in zip(shared, alone * 3))
+    if not int8:
+        assert torch.equal(layer.dense(), weight)
 
 
 @pytest.mark.parametrize("context_dim", [None, 24])
