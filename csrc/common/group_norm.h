@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "activation.h"
 #include "q8.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
@@ -42,19 +43,39 @@ inline void gather(V x, V first, V& total, V& squares, V& lo, V& hi) {
   if constexpr (ranged) lo = min(lo, x), hi = max(hi, x);
 }
 
-// `pixels` pixels of `lanes` <= L channels, `stride` elements apart, added to what `to` holds.
+// `pixels` pixels of kPair channels from c on, `stride` elements apart, added to what `to` holds.
 template <bool ranged, class T>
-inline void gather_pixels(const T* x, int64_t pixels, int64_t stride, int lanes, const Gathered<Acc<T>>& to, int64_t c) {
+inline void gather_pair(const T* x, int64_t pixels, int64_t stride, const Gathered<Acc<T>>& to, int64_t c) {
+  using A = Acc<T>;
+  using V = Vector<A>;
+  constexpr int L = kLanes<A>;
+  const V first[2] = {load(to.first + c), load(to.first + c + L)};
+  V total[2] = {load(to.total + c), load(to.total + c + L)}, lo[2] = {}, hi[2] = {};
+  V squares[2] = {load(to.squares + c), load(to.squares + c + L)};
+  if constexpr (ranged) {
+    for (int b = 0; b < 2; ++b) lo[b] = load(to.lo + c + b * L), hi[b] = load(to.hi + c + b * L);
+  }
+  for (int64_t p = 0; p < pixels; ++p) {
+    V v[2];
+    load_pair(x + p * stride, v[0], v[1]);
+    for (int b = 0; b < 2; ++b) gather<ranged, V, A>(v[b], first[b], total[b], squares[b], lo[b], hi[b]);
+  }
+  for (int b = 0; b < 2; ++b) {
+    store(to.total + c + b * L, total[b]);
+    store(to.squares + c + b * L, squares[b]);
+    if constexpr (ranged) store(to.lo + c + b * L, lo[b]), store(to.hi + c + b * L, hi[b]);
+  }
+}
+
+// The same for `lanes` <= kLanes channels.
+template <bool ranged, class T>
+inline void gather_some(const T* x, int64_t pixels, int64_t stride, int lanes, const Gathered<Acc<T>>& to, int64_t c) {
   using A = Acc<T>;
   using V = Vector<A>;
   const V first = load(to.first + c);
-  V total = load(to.total + c), squares = load(to.squares + c);
-  V lo{}, hi{};
+  V total = load(to.total + c), squares = load(to.squares + c), lo{}, hi{};
   if constexpr (ranged) lo = load(to.lo + c), hi = load(to.hi + c);
-  for (int64_t p = 0; p < pixels; ++p) {
-    const V v = lanes == kLanes<A> ? load(x + p * stride) : load(x + p * stride, lanes);
-    gather<ranged, V, A>(v, first, total, squares, lo, hi);
-  }
+  for (int64_t p = 0; p < pixels; ++p) gather<ranged, V, A>(load(x + p * stride, lanes), first, total, squares, lo, hi);
   store(to.total + c, total);
   store(to.squares + c, squares);
   if constexpr (ranged) store(to.lo + c, lo), store(to.hi + c, hi);
@@ -66,35 +87,39 @@ void piece_channels_last(const T* x, int64_t pixels, const Shape& s, const Acc<T
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   constexpr int64_t together = 8;  // pixels: enough to hide loading and storing the sums, few enough streams to fetch
-  const int64_t sample = std::min(together, pixels);
+  const int64_t sample = std::min(together, pixels), paired = s.c / kPair<T> * kPair<T>;
+  const auto gather_row = [&](const T* from, int64_t count, auto with_range) {
+    constexpr bool both = decltype(with_range)::value;
+    int64_t c = 0;
+    for (; c < paired; c += kPair<T>) gather_pair<both>(from + c, count, s.c, to, c);
+    for (; c < s.c; c += L) gather_some<both>(from + c, count, s.c, int(std::min<int64_t>(L, s.c - c)), to, c);
+  };
   for (int64_t c = 0; c < s.c; c += L) {
-    Vector<A> sum{};
-    for (int64_t p = 0; p < sample; ++p) sum += s.c - c >= L ? load(x + p * s.c + c) : load(x + p * s.c + c, int(s.c - c));
-    store(to.first + c, sum / A(sample));
-    store(to.total + c, Vector<A>{});
-    store(to.squares + c, Vector<A>{});
+    for (A* zero : {to.first, to.total, to.squares}) store(zero + c, Vector<A>{});
     if constexpr (ranged) {
       store(to.lo + c, splat(std::numeric_limits<A>::infinity()));
       store(to.hi + c, splat(-std::numeric_limits<A>::infinity()));
     }
   }
-  for (int64_t p = 0; p < pixels; p += together) {
-    const T* from = x + p * s.c;
-    const int64_t count = std::min(together, pixels - p);
-    int64_t c = 0;
-    for (; c + L <= s.c; c += L) gather_pixels<ranged>(from + c, count, s.c, L, to, c);
-    if (c < s.c) gather_pixels<ranged>(from + c, count, s.c, int(s.c - c), to, c);
+  gather_row(x, sample, std::false_type());
+  for (int64_t c = 0; c < s.c; c += L) {
+    store(to.first + c, load(to.total + c) / A(sample));
+    for (A* zero : {to.total, to.squares}) store(zero + c, Vector<A>{});
   }
+  for (int64_t p = 0; p < pixels; p += together)
+    gather_row(x + p * s.c, std::min(together, pixels - p), std::bool_constant<ranged>());
   const int64_t width = s.c / s.groups;
   const double share = 1 / double(pixels);
   const auto mean = [&](int64_t i) {
-    return double(to.first[i]) + double(to.total[i]) * share + (shift ? double(shift[i]) : 0.0);
+    const int64_t at = slot<T>(i, s.c);
+    return double(to.first[at]) + double(to.total[at]) * share + (shift ? double(shift[i]) : 0.0);
   };
   for (int64_t g = 0; g < s.groups; ++g) {
     double average = 0, squares = 0, spread = 0;
     for (int64_t i = g * width; i < (g + 1) * width; ++i) {
       average += mean(i);
-      squares += double(to.squares[i]) - double(to.total[i]) * double(to.total[i]) * share;
+      const double total = double(to.total[slot<T>(i, s.c)]);
+      squares += double(to.squares[slot<T>(i, s.c)]) - total * total * share;
     }
     average /= double(width);
     for (int64_t i = g * width; i < (g + 1) * width; ++i) spread += (mean(i) - average) * (mean(i) - average);
@@ -108,16 +133,18 @@ void join_run(const T* x, int64_t n, Acc<T> shift, Moments& out, Acc<T>& least, 
   using A = Acc<T>;
   using V = Vector<A>;
   constexpr int L = kLanes<A>;
-  A first = 0;
   const int64_t sample = std::min<int64_t>(n, 128);
-  for (int64_t i = 0; i < sample; ++i) first += A(to_float(x[i]));
-  first /= A(sample);
+  V head{};
+  for (int64_t i = 0; i < sample; i += L) head += sample - i >= L ? load(x + i) : load(x + i, int(sample - i));
+  const A first = sum(head) / A(sample);
   const V start = splat(first);
   V total[2] = {}, squares[2] = {}, lo = start, hi = start;
   int64_t i = 0;
-  for (; i + 2 * L <= n; i += 2 * L)
-    for (int b = 0; b < 2; ++b)
-      gather<ranged, V, A>(load(x + i + b * L), start, total[b], squares[b], lo, hi);
+  for (; i + kPair<T> <= n; i += kPair<T>) {
+    V v[2];
+    load_pair(x + i, v[0], v[1]);
+    for (int b = 0; b < 2; ++b) gather<ranged, V, A>(v[b], start, total[b], squares[b], lo, hi);
+  }
   double sum_d = double(sum(total[0] + total[1])), sum_d2 = double(sum(squares[0] + squares[1]));
   for (; i < n; ++i) {
     const A v = A(to_float(x[i])), d = v - first;
@@ -131,7 +158,7 @@ void join_run(const T* x, int64_t n, Acc<T> shift, Moments& out, Acc<T>& least, 
 }
 
 template <class A>
-struct Affine {  // per picture and channel: y = x * gain + offset; least and largest x, if they were wanted
+struct Affine {  // per picture and slot of a channel: y = x * gain + offset; least and largest x, if they were wanted
   std::vector<A> gain, offset, lo, hi;
 };
 
@@ -148,7 +175,7 @@ struct Normalisation {
   template <bool ranged>
   Affine<A> affine() const {
     const size_t channels = size_t(shape.n * shape.c);
-    Affine<A> f{std::vector<A>(channels), std::vector<A>(channels), {}, {}};
+    Affine<A> f{std::vector<A>(channels + L), std::vector<A>(channels + L), {}, {}};  // the last vector is read whole
     if constexpr (ranged) {
       f.lo.assign(channels, std::numeric_limits<A>::infinity());
       f.hi.assign(channels, -std::numeric_limits<A>::infinity());
@@ -157,8 +184,8 @@ struct Normalisation {
     return f;
   }
 
-  // Calls put(first element, vector) or put(first element, vector, count) with act(x * gain + offset); first element
-  // is where `image` puts it.
+  // Hands act(x * gain + offset) to put.four and put.two (vectors of pairs) and put.some (one vector, count), with the
+  // place of the first element, which is where `image` has it.
   template <class Act, class Put>
   void apply(const Affine<A>& f, const Image& image, const Act& act, const Put& put) const {
     last ? apply_channels_last(f, image, act, put) : apply_contiguous(f, act, put);
@@ -231,9 +258,41 @@ struct Normalisation {
       for (int64_t at = i * width; at < (i + 1) * width; ++at) {
         const int64_t c = at % shape.c;
         const double centre = m.mean - (shift.empty() ? 0.0 : double(shift[size_t(at)]));
-        f.gain[size_t(at)] = A(double(w[size_t(c)]) * inverse);
-        f.offset[size_t(at)] = A(double(b[size_t(c)]) - centre * double(f.gain[size_t(at)]));
+        const size_t to = size_t(last ? at - c + slot<T>(c, shape.c) : at);
+        f.gain[to] = A(double(w[size_t(c)]) * inverse);
+        f.offset[to] = A(double(b[size_t(c)]) - centre * double(f.gain[to]));
       }
+    }
+  }
+
+  struct Map {
+    V gain, offset;
+  };
+
+  // n adjacent elements; map_at(i) gives gain and offset of the vector at i.
+  template <class Act, class Put, class MapAt>
+  static void apply_row(const T* from, int64_t n, int64_t to, const Act& act, const Put& put, const MapAt& map_at) {
+    constexpr int64_t pair = kPair<T>;
+    const auto y = [&](V v, int64_t i) {
+      const Map map = map_at(i);
+      return act(v * map.gain + map.offset);
+    };
+    int64_t i = 0;
+    V v[4];
+    for (; i + 2 * pair <= n; i += 2 * pair) {
+      load_pair(from + i, v[0], v[1]);
+      load_pair(from + i + pair, v[2], v[3]);
+      put.four(to + i, y(v[0], i), y(v[1], i + L), y(v[2], i + pair), y(v[3], i + pair + L));
+    }
+    if (i + pair <= n) {
+      load_pair(from + i, v[0], v[1]);
+      put.two(to + i, y(v[0], i), y(v[1], i + L));
+      i += pair;
+    }
+    for (; i < n; i += L) {
+      const int count = int(std::min<int64_t>(L, n - i));
+      const V rest = load(from + i, count);
+      put.some(to + i, y(rest, i), count);
     }
   }
 
@@ -249,12 +308,8 @@ struct Normalisation {
           run = image.run(p, stop - p);
           const T* from = x + (n * s.pixels + p) * s.c;
           int64_t to = image.at(n, p);
-          for (int64_t k = 0; k < run; ++k, from += s.c, to += s.c) {
-            int64_t c = 0;
-            for (; c + L <= s.c; c += L) put(to + c, act(load(from + c) * load(gain + c) + load(offset + c)));
-            if (const int rest = int(s.c - c))
-              put(to + c, act(load(from + c, rest) * load(gain + c, rest) + load(offset + c, rest)), rest);
-          }
+          for (int64_t k = 0; k < run; ++k, from += s.c, to += s.c)
+            apply_row(from, s.c, to, act, put, [&](int64_t c) { return Map{load(gain + c), load(offset + c)}; });
         }
       }
     });
@@ -266,10 +321,7 @@ struct Normalisation {
     parallel_for(0, shape.n * shape.c, grain(pixels), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const V gain = splat(f.gain[size_t(i)]), offset = splat(f.offset[size_t(i)]);
-        const T* from = x + i * pixels;
-        int64_t p = 0;
-        for (; p + L <= pixels; p += L) put(i * pixels + p, act(load(from + p) * gain + offset));
-        if (const int rest = int(pixels - p)) put(i * pixels + p, act(load(from + p, rest) * gain + offset), rest);
+        apply_row(x + i * pixels, pixels, i * pixels, act, put, [&](int64_t) { return Map{gain, offset}; });
       }
     });
   }

@@ -7,21 +7,20 @@ namespace {
 
 template <class T>
 struct Values {  // where results go: rounded to T
+  using V = Vector<Acc<T>>;
   T* y;
-  template <class V>
-  void operator()(int64_t at, V v) const {
-    store(y + at, v);
+  void four(int64_t at, V a, V b, V c, V d) const {
+    store_pair(y + at, a, b);
+    store_pair(y + at + kPair<T>, c, d);
   }
-  template <class V>
-  void operator()(int64_t at, V v, int n) const {
-    store(y + at, v, n);
-  }
+  void two(int64_t at, V a, V b) const { store_pair(y + at, a, b); }
+  void some(int64_t at, V v, int n) const { store(y + at, v, n); }
 };
 
 }  // namespace
 
 Tensor group_norm_silu(const Tensor& x, const OptionalTensor& shift, int64_t num_groups, const OptionalTensor& weight,
-                       const OptionalTensor& bias, double eps, bool silu_wanted) {
+                       const OptionalTensor& bias, double eps, bool silu) {
   const bool last = is_channels_last(x);
   const Tensor dense = last || x.is_contiguous() ? x : torch::stable::contiguous(x);
   const Shape s = shape_of(x, num_groups);
@@ -33,8 +32,8 @@ Tensor group_norm_silu(const Tensor& x, const OptionalTensor& shift, int64_t num
     const auto f = norm.template affine<false>();
     const Image image{s.n, s.c, 1, s.pixels, 0};
     const Values<T> put{mutable_data<T>(out)};
-    if (silu_wanted)
-      norm.apply(f, image, [](auto y) { return silu(y); }, put);
+    if (silu)
+      norm.apply(f, image, [](auto y) { return silu_of<T>(y); }, put);
     else
       norm.apply(f, image, [](auto y) { return y; }, put);
     return 0;
