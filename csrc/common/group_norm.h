@@ -75,7 +75,10 @@ inline void gather_some(const T* x, int64_t pixels, int64_t stride, int lanes, c
   const V first = load(to.first + c);
   V total = load(to.total + c), squares = load(to.squares + c), lo{}, hi{};
   if constexpr (ranged) lo = load(to.lo + c), hi = load(to.hi + c);
-  for (int64_t p = 0; p < pixels; ++p) gather<ranged, V, A>(load(x + p * stride, lanes), first, total, squares, lo, hi);
+  for (int64_t p = 0; p < pixels; ++p) {
+    const V v = load_some(x + p * stride, lanes);
+    gather<ranged, V, A>(v, first, total, squares, lo, hi);
+  }
   store(to.total + c, total);
   store(to.squares + c, squares);
   if constexpr (ranged) store(to.lo + c, lo), store(to.hi + c, hi);
@@ -135,8 +138,8 @@ void join_run(const T* x, int64_t n, Acc<T> shift, Moments& out, Acc<T>& least, 
   constexpr int L = kLanes<A>;
   const int64_t sample = std::min<int64_t>(n, 128);
   V head{};
-  for (int64_t i = 0; i < sample; i += L) head += sample - i >= L ? load(x + i) : load(x + i, int(sample - i));
-  const A first = sum(head) / A(sample);
+  for (int64_t i = 0; i < sample; i += L) head += sample - i >= L ? load(x + i) : load_some(x + i, int(sample - i));
+  const A first = tree_sum<A>(head) / A(sample);
   const V start = splat(first);
   V total[2] = {}, squares[2] = {}, lo = start, hi = start;
   int64_t i = 0;
@@ -145,13 +148,13 @@ void join_run(const T* x, int64_t n, Acc<T> shift, Moments& out, Acc<T>& least, 
     load_pair(x + i, v[0], v[1]);
     for (int b = 0; b < 2; ++b) gather<ranged, V, A>(v[b], start, total[b], squares[b], lo, hi);
   }
-  double sum_d = double(sum(total[0] + total[1])), sum_d2 = double(sum(squares[0] + squares[1]));
-  for (; i < n; ++i) {
-    const A v = A(to_float(x[i])), d = v - first;
-    sum_d += double(d);
-    sum_d2 += double(d) * double(d);
-    if constexpr (ranged) least = std::min(least, v), most = std::max(most, v);
+  for (int count; i < n; i += count) {
+    count = int(std::min<int64_t>(L, n - i));
+    V v = load_some(x + i, count);
+    for (int l = count; l < L; ++l) v[l] = first;  // within the range, and no distance from itself
+    gather<ranged, V, A>(v, start, total[0], squares[0], lo, hi);
   }
+  const double sum_d = double(tree_sum<A>(total[0] + total[1])), sum_d2 = double(tree_sum<A>(squares[0] + squares[1]));
   if constexpr (ranged)
     for (int l = 0; l < L; ++l) least = std::min(least, A(lo[l])), most = std::max(most, A(hi[l]));
   out.join(double(n), double(first) + sum_d / double(n) + double(shift), sum_d2 - sum_d * sum_d / double(n));
@@ -184,8 +187,7 @@ struct Normalisation {
     return f;
   }
 
-  // Hands act(x * gain + offset) to put.four and put.two (vectors of pairs) and put.some (one vector, count), with the
-  // place of the first element, which is where `image` has it.
+  // Hands act(x * gain + offset) to put(i), which puts a row away (pairs.h) from element i on, where `image` has it.
   template <class Act, class Put>
   void apply(const Affine<A>& f, const Image& image, const Act& act, const Put& put) const {
     last ? apply_channels_last(f, image, act, put) : apply_contiguous(f, act, put);
@@ -239,6 +241,13 @@ struct Normalisation {
     std::vector<Moments> whole(size_t(shape.n * shape.groups));
     A unused = 0;
     parallel_for(0, shape.n * shape.groups, grain(width * shape.pixels), [&](int64_t begin, int64_t end) {
+      if (!ranged && shift.empty()) {  // a group is one run
+        const int64_t n = width * shape.pixels;
+        for (int64_t i = begin; i < end; ++i)
+          for (int64_t p = 0; p < n; p += run)
+            join_run<false>(x + i * n + p, std::min(run, n - p), A(0), whole[size_t(i)], unused, unused);
+        return;
+      }
       for (int64_t i = begin; i < end; ++i)
         for (int64_t c = i * width; c < (i + 1) * width; ++c)
           for (int64_t p = 0; p < shape.pixels; p += run)
@@ -265,43 +274,12 @@ struct Normalisation {
     }
   }
 
-  struct Map {
-    V gain, offset;
-  };
-
-  // n adjacent elements; map_at(i) gives gain and offset of the vector at i.
-  template <class Act, class Put, class MapAt>
-  static void apply_row(const T* from, int64_t n, int64_t to, const Act& act, const Put& put, const MapAt& map_at) {
-    constexpr int64_t pair = kPair<T>;
-    const auto y = [&](V v, int64_t i) {
-      const Map map = map_at(i);
-      return act(v * map.gain + map.offset);
-    };
-    int64_t i = 0;
-    V v[4];
-    for (; i + 2 * pair <= n; i += 2 * pair) {
-      load_pair(from + i, v[0], v[1]);
-      load_pair(from + i + pair, v[2], v[3]);
-      put.four(to + i, y(v[0], i), y(v[1], i + L), y(v[2], i + pair), y(v[3], i + pair + L));
-    }
-    if (i + pair <= n) {
-      load_pair(from + i, v[0], v[1]);
-      put.two(to + i, y(v[0], i), y(v[1], i + L));
-      i += pair;
-    }
-    for (; i < n; i += L) {
-      const int count = int(std::min<int64_t>(L, n - i));
-      const V rest = load(from + i, count);
-      put.some(to + i, y(rest, i), count);
-    }
-  }
-
   template <class Act, class Put>
   void apply_channels_last(const Affine<A>& f, const Image& image, const Act& act, const Put& put) const {
     const Shape& s = shape;
     const int64_t count = pieces();
     parallel_for(0, s.n * count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = end; i-- > begin;) {  // backwards: what the first pass read last is still in the cache
         const int64_t n = i / count, first = i % count * piece(), stop = std::min(first + piece(), s.pixels);
         const A *gain = &f.gain[size_t(n * s.c)], *offset = &f.offset[size_t(n * s.c)];
         for (int64_t p = first, run; p < stop; p += run) {
@@ -309,7 +287,18 @@ struct Normalisation {
           const T* from = x + (n * s.pixels + p) * s.c;
           int64_t to = image.at(n, p);
           for (int64_t k = 0; k < run; ++k, from += s.c, to += s.c)
-            apply_row(from, s.c, to, act, put, [&](int64_t c) { return Map{load(gain + c), load(offset + c)}; });
+            for_row<T>(
+                s.c,
+                [&](int64_t c, V& a, V& b) {
+                  load_pair(from + c, a, b);
+                  a = act(a * load(gain + c) + load(offset + c));
+                  b = act(b * load(gain + c + L) + load(offset + c + L));
+                },
+                [&](int64_t c, int n) {
+                  const V v = load_some(from + c, n);
+                  return act(v * load(gain + c) + load(offset + c));
+                },
+                put(to));
         }
       }
     });
@@ -321,7 +310,19 @@ struct Normalisation {
     parallel_for(0, shape.n * shape.c, grain(pixels), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const V gain = splat(f.gain[size_t(i)]), offset = splat(f.offset[size_t(i)]);
-        apply_row(x + i * pixels, pixels, i * pixels, act, put, [&](int64_t) { return Map{gain, offset}; });
+        const T* from = x + i * pixels;
+        for_row<T>(
+            pixels,
+            [&](int64_t p, V& a, V& b) {
+              load_pair(from + p, a, b);
+              a = act(a * gain + offset);
+              b = act(b * gain + offset);
+            },
+            [&](int64_t p, int n) {
+              const V v = load_some(from + p, n);
+              return act(v * gain + offset);
+            },
+            put(i * pixels));
       }
     });
   }

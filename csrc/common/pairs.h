@@ -3,6 +3,8 @@
 // too (slot()). Of other types a pair is simply two vectors that follow each other.
 #pragma once
 
+#include <algorithm>
+
 #include "dispatch.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
@@ -54,6 +56,65 @@ inline void store_pair(T* p, Vector<Acc<T>> a, Vector<Acc<T>> b) {
     std::memcpy(static_cast<void*>(p), &both, sizeof both);
 #endif
   }
+}
+
+// The first n < kLanes elements; the other lanes load as zero.
+template <class T>
+inline Vector<Acc<T>> load_some(const T* p, int n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (std::is_same_v<T, float>) return (F)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  if constexpr (sizeof(T) == 2) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+    if constexpr (std::is_same_v<T, f16>) return (F)_mm512_cvtph_ps(bits);
+    return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+  }
+#endif
+  return load(p, n);
+}
+
+// One row of n elements, made a pair of vectors at a time and put away four vectors at a time: pair(i, a, b) makes
+// the vectors of elements i to i + kPair (in slot order), some(i, count) those of the last few (in their own), and
+// put.four, put.two and put.some take them.
+template <class T, class Pair, class Some, class Put>
+inline void for_row(int64_t n, const Pair& pair, const Some& some, Put&& put) {
+  constexpr int64_t two = kPair<T>;
+  Vector<Acc<T>> v[4];
+  int64_t i = 0;
+  for (; i + 2 * two <= n; i += 2 * two) {
+    pair(i, v[0], v[1]);
+    pair(i + two, v[2], v[3]);
+    put.four(i, v[0], v[1], v[2], v[3]);
+  }
+  if (i + two <= n) {
+    pair(i, v[0], v[1]);
+    put.two(i, v[0], v[1]);
+    i += two;
+  }
+  for (int count; i < n; i += count) {
+    count = int(std::min<int64_t>(kLanes<Acc<T>>, n - i));
+    put.some(i, some(i, count), count);
+  }
+}
+
+template <class T>
+struct Values {  // puts a row away as numbers of T
+  using V = Vector<Acc<T>>;
+  T* to;
+  void four(int64_t i, V a, V b, V c, V d) const {
+    store_pair(to + i, a, b);
+    store_pair(to + i + kPair<T>, c, d);
+  }
+  void two(int64_t i, V a, V b) const { store_pair(to + i, a, b); }
+  void some(int64_t i, V v, int n) const { n == kLanes<Acc<T>> ? store(to + i, v) : store(to + i, v, n); }
+};
+
+template <class A>
+inline A tree_sum(Vector<A> v) {
+  A part[kLanes<A>];
+  store(part, v);
+  for (int half = kLanes<A> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
 }
 
 }  // namespace LDMFAST_LEVEL_NAMESPACE

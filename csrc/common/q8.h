@@ -49,9 +49,10 @@ struct Lanes {  // a range, lane by lane
     hi = max(hi, y);
     spoilt += y * 0;
   }
-  void add(Vector<A> y, int n) {  // the first n only
-    for (int i = n; i < kLanes<A>; ++i) y[i] = 0;
-    add(y);
+  void join(const Lanes& other) {
+    lo = min(lo, other.lo);
+    hi = max(hi, other.hi);
+    spoilt += other.spoilt;
   }
   Range range() const {
     Range all;
@@ -193,6 +194,39 @@ struct Image {
         if (inside) std::memset(to + line() - edge, value, size_t(edge));
       }
     });
+  }
+};
+
+template <class T>
+struct Encoded {  // puts a row away as codes
+  using V = Vector<Acc<T>>;
+  uint8_t* to;
+  const Coder<Acc<T>>& code;
+  void four(int64_t i, V a, V b, V c, V d) const { store_codes<T>(to + i, code(a), code(b), code(c), code(d)); }
+  void two(int64_t i, V a, V b) const { store_codes<T>(to + i, code(a), code(b)); }
+  void some(int64_t i, V v, int n) const { store_codes(to + i, code(v), n); }
+};
+
+template <class T>
+struct Spread {  // keeps the range of a row only
+  using V = Vector<Acc<T>>;
+  Lanes<Acc<T>> lanes[2];
+  void two(int64_t, V a, V b) {
+    lanes[0].add(a);
+    lanes[1].add(b);
+  }
+  void four(int64_t i, V a, V b, V c, V d) {
+    two(i, a, b);
+    two(i, c, d);
+  }
+  void some(int64_t, V v, int n) {
+    for (int i = n; i < kLanes<Acc<T>>; ++i) v[i] = 0;
+    lanes[0].add(v);
+  }
+  Range range() const {
+    Lanes<Acc<T>> all = lanes[0];
+    all.join(lanes[1]);
+    return all.range();
   }
 };
 

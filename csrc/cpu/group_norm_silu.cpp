@@ -3,21 +3,6 @@
 #include "common/stable.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
-namespace {
-
-template <class T>
-struct Values {  // where results go: rounded to T
-  using V = Vector<Acc<T>>;
-  T* y;
-  void four(int64_t at, V a, V b, V c, V d) const {
-    store_pair(y + at, a, b);
-    store_pair(y + at + kPair<T>, c, d);
-  }
-  void two(int64_t at, V a, V b) const { store_pair(y + at, a, b); }
-  void some(int64_t at, V v, int n) const { store(y + at, v, n); }
-};
-
-}  // namespace
 
 Tensor group_norm_silu(const Tensor& x, const OptionalTensor& shift, int64_t num_groups, const OptionalTensor& weight,
                        const OptionalTensor& bias, double eps, bool silu) {
@@ -31,7 +16,8 @@ Tensor group_norm_silu(const Tensor& x, const OptionalTensor& shift, int64_t num
     const auto norm = normalisation<T>(dense, s, last, shift, weight, bias, eps);
     const auto f = norm.template affine<false>();
     const Image image{s.n, s.c, 1, s.pixels, 0};
-    const Values<T> put{mutable_data<T>(out)};
+    T* y = mutable_data<T>(out);
+    const auto put = [&](int64_t i) { return Values<T>{y + i}; };
     if (silu)
       norm.apply(f, image, [](auto y) { return silu_of<T>(y); }, put);
     else

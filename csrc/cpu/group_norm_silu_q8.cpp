@@ -24,16 +24,6 @@ Range range_of(const Affine<A>& f, bool with_silu) {
   return range;
 }
 
-template <class T>
-struct Encoded {  // where results go: rounded to codes
-  using V = Vector<Acc<T>>;
-  uint8_t* q;
-  Coder<Acc<T>> code;
-  void four(int64_t at, V a, V b, V c, V d) const { store_codes<T>(q + at, code(a), code(b), code(c), code(d)); }
-  void two(int64_t at, V a, V b) const { store_codes<T>(q + at, code(a), code(b)); }
-  void some(int64_t at, V v, int n) const { store_codes(q + at, code(v), n); }
-};
-
 }  // namespace
 
 Codes group_norm_silu_q8(const Tensor& x, const OptionalTensor& shift, int64_t num_groups,
@@ -51,8 +41,9 @@ Codes group_norm_silu_q8(const Tensor& x, const OptionalTensor& shift, int64_t n
     const bool empty = s.n * s.c * s.pixels == 0;
     const auto f = empty ? Affine<A>{} : norm.template affine<true>();
     const Coder<A> coder = finish<A>(codes, range_of(f, silu));
-    const Encoded<T> put{mutable_data<uint8_t>(std::get<0>(codes)), coder};
-    image.fill_border(put.q, coder.zero_point);
+    uint8_t* q = mutable_data<uint8_t>(std::get<0>(codes));
+    const auto put = [&](int64_t i) { return Encoded<T>{q + i, coder}; };
+    image.fill_border(q, coder.zero_point);
     if (empty) return 0;
     if (silu)
       norm.apply(f, image, [](auto y) { return silu_of<T>(y); }, put);
