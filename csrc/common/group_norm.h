@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "activation.h"
 #include "q8.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
@@ -42,17 +43,40 @@ inline void gather(V x, V first, V& total, V& squares, V& lo, V& hi) {
   if constexpr (ranged) lo = min(lo, x), hi = max(hi, x);
 }
 
-// `pixels` pixels of `lanes` <= L channels, `stride` elements apart, added to what `to` holds.
+// `pixels` pixels of kPair channels from c on, `stride` elements apart, added to what `to` holds.
 template <bool ranged, class T>
-inline void gather_pixels(const T* x, int64_t pixels, int64_t stride, int lanes, const Gathered<Acc<T>>& to, int64_t c) {
+inline void gather_pair(const T* x, int64_t pixels, int64_t stride, const Gathered<Acc<T>>& to, int64_t c) {
+  using A = Acc<T>;
+  using V = Vector<A>;
+  constexpr int L = kLanes<A>;
+  const V first[2] = {load(to.first + c), load(to.first + c + L)};
+  V total[2] = {load(to.total + c), load(to.total + c + L)}, lo[2] = {}, hi[2] = {};
+  V squares[2] = {load(to.squares + c), load(to.squares + c + L)};
+  if constexpr (ranged) {
+    for (int b = 0; b < 2; ++b) lo[b] = load(to.lo + c + b * L), hi[b] = load(to.hi + c + b * L);
+  }
+  for (int64_t p = 0; p < pixels; ++p) {
+    V v[2];
+    load_pair(x + p * stride, v[0], v[1]);
+    for (int b = 0; b < 2; ++b) gather<ranged, V, A>(v[b], first[b], total[b], squares[b], lo[b], hi[b]);
+  }
+  for (int b = 0; b < 2; ++b) {
+    store(to.total + c + b * L, total[b]);
+    store(to.squares + c + b * L, squares[b]);
+    if constexpr (ranged) store(to.lo + c + b * L, lo[b]), store(to.hi + c + b * L, hi[b]);
+  }
+}
+
+// The same for `lanes` <= kLanes channels.
+template <bool ranged, class T>
+inline void gather_some(const T* x, int64_t pixels, int64_t stride, int lanes, const Gathered<Acc<T>>& to, int64_t c) {
   using A = Acc<T>;
   using V = Vector<A>;
   const V first = load(to.first + c);
-  V total = load(to.total + c), squares = load(to.squares + c);
-  V lo{}, hi{};
+  V total = load(to.total + c), squares = load(to.squares + c), lo{}, hi{};
   if constexpr (ranged) lo = load(to.lo + c), hi = load(to.hi + c);
   for (int64_t p = 0; p < pixels; ++p) {
-    const V v = lanes == kLanes<A> ? load(x + p * stride) : load(x + p * stride, lanes);
+    const V v = load_some(x + p * stride, lanes);
     gather<ranged, V, A>(v, first, total, squares, lo, hi);
   }
   store(to.total + c, total);
@@ -66,35 +90,39 @@ void piece_channels_last(const T* x, int64_t pixels, const Shape& s, const Acc<T
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   constexpr int64_t together = 8;  // pixels: enough to hide loading and storing the sums, few enough streams to fetch
-  const int64_t sample = std::min(together, pixels);
+  const int64_t sample = std::min(together, pixels), paired = s.c / kPair<T> * kPair<T>;
+  const auto gather_row = [&](const T* from, int64_t count, auto with_range) {
+    constexpr bool both = decltype(with_range)::value;
+    int64_t c = 0;
+    for (; c < paired; c += kPair<T>) gather_pair<both>(from + c, count, s.c, to, c);
+    for (; c < s.c; c += L) gather_some<both>(from + c, count, s.c, int(std::min<int64_t>(L, s.c - c)), to, c);
+  };
   for (int64_t c = 0; c < s.c; c += L) {
-    Vector<A> sum{};
-    for (int64_t p = 0; p < sample; ++p) sum += s.c - c >= L ? load(x + p * s.c + c) : load(x + p * s.c + c, int(s.c - c));
-    store(to.first + c, sum / A(sample));
-    store(to.total + c, Vector<A>{});
-    store(to.squares + c, Vector<A>{});
+    for (A* zero : {to.first, to.total, to.squares}) store(zero + c, Vector<A>{});
     if constexpr (ranged) {
       store(to.lo + c, splat(std::numeric_limits<A>::infinity()));
       store(to.hi + c, splat(-std::numeric_limits<A>::infinity()));
     }
   }
-  for (int64_t p = 0; p < pixels; p += together) {
-    const T* from = x + p * s.c;
-    const int64_t count = std::min(together, pixels - p);
-    int64_t c = 0;
-    for (; c + L <= s.c; c += L) gather_pixels<ranged>(from + c, count, s.c, L, to, c);
-    if (c < s.c) gather_pixels<ranged>(from + c, count, s.c, int(s.c - c), to, c);
+  gather_row(x, sample, std::false_type());
+  for (int64_t c = 0; c < s.c; c += L) {
+    store(to.first + c, load(to.total + c) / A(sample));
+    for (A* zero : {to.total, to.squares}) store(zero + c, Vector<A>{});
   }
+  for (int64_t p = 0; p < pixels; p += together)
+    gather_row(x + p * s.c, std::min(together, pixels - p), std::bool_constant<ranged>());
   const int64_t width = s.c / s.groups;
   const double share = 1 / double(pixels);
   const auto mean = [&](int64_t i) {
-    return double(to.first[i]) + double(to.total[i]) * share + (shift ? double(shift[i]) : 0.0);
+    const int64_t at = slot<T>(i, s.c);
+    return double(to.first[at]) + double(to.total[at]) * share + (shift ? double(shift[i]) : 0.0);
   };
   for (int64_t g = 0; g < s.groups; ++g) {
     double average = 0, squares = 0, spread = 0;
     for (int64_t i = g * width; i < (g + 1) * width; ++i) {
       average += mean(i);
-      squares += double(to.squares[i]) - double(to.total[i]) * double(to.total[i]) * share;
+      const double total = double(to.total[slot<T>(i, s.c)]);
+      squares += double(to.squares[slot<T>(i, s.c)]) - total * total * share;
     }
     average /= double(width);
     for (int64_t i = g * width; i < (g + 1) * width; ++i) spread += (mean(i) - average) * (mean(i) - average);
@@ -108,30 +136,32 @@ void join_run(const T* x, int64_t n, Acc<T> shift, Moments& out, Acc<T>& least, 
   using A = Acc<T>;
   using V = Vector<A>;
   constexpr int L = kLanes<A>;
-  A first = 0;
   const int64_t sample = std::min<int64_t>(n, 128);
-  for (int64_t i = 0; i < sample; ++i) first += A(to_float(x[i]));
-  first /= A(sample);
+  V head{};
+  for (int64_t i = 0; i < sample; i += L) head += sample - i >= L ? load(x + i) : load_some(x + i, int(sample - i));
+  const A first = tree_sum<A>(head) / A(sample);
   const V start = splat(first);
   V total[2] = {}, squares[2] = {}, lo = start, hi = start;
   int64_t i = 0;
-  for (; i + 2 * L <= n; i += 2 * L)
-    for (int b = 0; b < 2; ++b)
-      gather<ranged, V, A>(load(x + i + b * L), start, total[b], squares[b], lo, hi);
-  double sum_d = double(sum(total[0] + total[1])), sum_d2 = double(sum(squares[0] + squares[1]));
-  for (; i < n; ++i) {
-    const A v = A(to_float(x[i])), d = v - first;
-    sum_d += double(d);
-    sum_d2 += double(d) * double(d);
-    if constexpr (ranged) least = std::min(least, v), most = std::max(most, v);
+  for (; i + kPair<T> <= n; i += kPair<T>) {
+    V v[2];
+    load_pair(x + i, v[0], v[1]);
+    for (int b = 0; b < 2; ++b) gather<ranged, V, A>(v[b], start, total[b], squares[b], lo, hi);
   }
+  for (int count; i < n; i += count) {
+    count = int(std::min<int64_t>(L, n - i));
+    V v = load_some(x + i, count);
+    for (int l = count; l < L; ++l) v[l] = first;  // within the range, and no distance from itself
+    gather<ranged, V, A>(v, start, total[0], squares[0], lo, hi);
+  }
+  const double sum_d = double(tree_sum<A>(total[0] + total[1])), sum_d2 = double(tree_sum<A>(squares[0] + squares[1]));
   if constexpr (ranged)
     for (int l = 0; l < L; ++l) least = std::min(least, A(lo[l])), most = std::max(most, A(hi[l]));
   out.join(double(n), double(first) + sum_d / double(n) + double(shift), sum_d2 - sum_d * sum_d / double(n));
 }
 
 template <class A>
-struct Affine {  // per picture and channel: y = x * gain + offset; least and largest x, if they were wanted
+struct Affine {  // per picture and slot of a channel: y = x * gain + offset; least and largest x, if they were wanted
   std::vector<A> gain, offset, lo, hi;
 };
 
@@ -148,7 +178,7 @@ struct Normalisation {
   template <bool ranged>
   Affine<A> affine() const {
     const size_t channels = size_t(shape.n * shape.c);
-    Affine<A> f{std::vector<A>(channels), std::vector<A>(channels), {}, {}};
+    Affine<A> f{std::vector<A>(channels + L), std::vector<A>(channels + L), {}, {}};  // the last vector is read whole
     if constexpr (ranged) {
       f.lo.assign(channels, std::numeric_limits<A>::infinity());
       f.hi.assign(channels, -std::numeric_limits<A>::infinity());
@@ -157,8 +187,7 @@ struct Normalisation {
     return f;
   }
 
-  // Calls put(first element, vector) or put(first element, vector, count) with act(x * gain + offset); first element
-  // is where `image` puts it.
+  // Hands act(x * gain + offset) to put(i), which puts a row away (pairs.h) from element i on, where `image` has it.
   template <class Act, class Put>
   void apply(const Affine<A>& f, const Image& image, const Act& act, const Put& put) const {
     last ? apply_channels_last(f, image, act, put) : apply_contiguous(f, act, put);
@@ -212,6 +241,13 @@ struct Normalisation {
     std::vector<Moments> whole(size_t(shape.n * shape.groups));
     A unused = 0;
     parallel_for(0, shape.n * shape.groups, grain(width * shape.pixels), [&](int64_t begin, int64_t end) {
+      if (!ranged && shift.empty()) {  // a group is one run
+        const int64_t n = width * shape.pixels;
+        for (int64_t i = begin; i < end; ++i)
+          for (int64_t p = 0; p < n; p += run)
+            join_run<false>(x + i * n + p, std::min(run, n - p), A(0), whole[size_t(i)], unused, unused);
+        return;
+      }
       for (int64_t i = begin; i < end; ++i)
         for (int64_t c = i * width; c < (i + 1) * width; ++c)
           for (int64_t p = 0; p < shape.pixels; p += run)
@@ -231,8 +267,9 @@ struct Normalisation {
       for (int64_t at = i * width; at < (i + 1) * width; ++at) {
         const int64_t c = at % shape.c;
         const double centre = m.mean - (shift.empty() ? 0.0 : double(shift[size_t(at)]));
-        f.gain[size_t(at)] = A(double(w[size_t(c)]) * inverse);
-        f.offset[size_t(at)] = A(double(b[size_t(c)]) - centre * double(f.gain[size_t(at)]));
+        const size_t to = size_t(last ? at - c + slot<T>(c, shape.c) : at);
+        f.gain[to] = A(double(w[size_t(c)]) * inverse);
+        f.offset[to] = A(double(b[size_t(c)]) - centre * double(f.gain[to]));
       }
     }
   }
@@ -242,19 +279,26 @@ struct Normalisation {
     const Shape& s = shape;
     const int64_t count = pieces();
     parallel_for(0, s.n * count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = end; i-- > begin;) {  // backwards: what the first pass read last is still in the cache
         const int64_t n = i / count, first = i % count * piece(), stop = std::min(first + piece(), s.pixels);
         const A *gain = &f.gain[size_t(n * s.c)], *offset = &f.offset[size_t(n * s.c)];
         for (int64_t p = first, run; p < stop; p += run) {
           run = image.run(p, stop - p);
           const T* from = x + (n * s.pixels + p) * s.c;
           int64_t to = image.at(n, p);
-          for (int64_t k = 0; k < run; ++k, from += s.c, to += s.c) {
-            int64_t c = 0;
-            for (; c + L <= s.c; c += L) put(to + c, act(load(from + c) * load(gain + c) + load(offset + c)));
-            if (const int rest = int(s.c - c))
-              put(to + c, act(load(from + c, rest) * load(gain + c, rest) + load(offset + c, rest)), rest);
-          }
+          for (int64_t k = 0; k < run; ++k, from += s.c, to += s.c)
+            for_row<T>(
+                s.c,
+                [&](int64_t c, V& a, V& b) {
+                  load_pair(from + c, a, b);
+                  a = act(a * load(gain + c) + load(offset + c));
+                  b = act(b * load(gain + c + L) + load(offset + c + L));
+                },
+                [&](int64_t c, int n) {
+                  const V v = load_some(from + c, n);
+                  return act(v * load(gain + c) + load(offset + c));
+                },
+                put(to));
         }
       }
     });
@@ -267,9 +311,18 @@ struct Normalisation {
       for (int64_t i = begin; i < end; ++i) {
         const V gain = splat(f.gain[size_t(i)]), offset = splat(f.offset[size_t(i)]);
         const T* from = x + i * pixels;
-        int64_t p = 0;
-        for (; p + L <= pixels; p += L) put(i * pixels + p, act(load(from + p) * gain + offset));
-        if (const int rest = int(pixels - p)) put(i * pixels + p, act(load(from + p, rest) * gain + offset), rest);
+        for_row<T>(
+            pixels,
+            [&](int64_t p, V& a, V& b) {
+              load_pair(from + p, a, b);
+              a = act(a * gain + offset);
+              b = act(b * gain + offset);
+            },
+            [&](int64_t p, int n) {
+              const V v = load_some(from + p, n);
+              return act(v * gain + offset);
+            },
+            put(i * pixels));
       }
     });
   }

@@ -1,19 +1,19 @@
 // LayerNorm on the CPU: the arguments of layer_norm_modulate as arrays, and mean and scale of a row.
 #pragma once
 
-#include "dispatch.h"
+#include "pairs.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
 
 // y = (x - mean) * inverse * gain + offset with gain = weight * (1 + scale) and offset = bias * (1 + scale) + shift.
 template <class A>
 struct Modulation {
-  std::vector<A> gain, offset;  // one row, or one for each `tokens` rows of x
-  int64_t tokens, columns;
-  int64_t at(int64_t row) const { return int64_t(gain.size()) > columns ? row / tokens * columns : 0; }
+  std::vector<A> gain, offset;  // one row, or one for each `tokens` rows of x; in slot order
+  int64_t tokens, columns, conditions;
+  size_t at(int64_t row) const { return size_t(conditions > 1 ? row / tokens * columns : 0); }
 };
 
-template <class A>
+template <class T, class A = Acc<T>>
 inline Modulation<A> modulation(const Tensor& x, const Rows& rows, const OptionalTensor& scale,
                                 const OptionalTensor& shift, const OptionalTensor& weight, const OptionalTensor& bias) {
   const int64_t tokens = x.size(x.dim() - 2), c = rows.columns;
@@ -25,7 +25,7 @@ inline Modulation<A> modulation(const Tensor& x, const Rows& rows, const Optiona
                   "layer_norm_modulate: scale and shift have one row, or one for each batch element");
     conditions = n > conditions ? n : conditions;
   }
-  Modulation<A> m{parameters<A>(weight, conditions, c, 1), parameters<A>(bias, conditions, c, 0), tokens, c};
+  Modulation<A> m{parameters<A>(weight, conditions, c, 1), parameters<A>(bias, conditions, c, 0), tokens, c, conditions};
   if (scale.has_value()) {
     const std::vector<A> s = parameters<A>(scale, conditions, c, 0);
     for (size_t i = 0; i < s.size(); ++i) m.gain[i] *= 1 + s[i], m.offset[i] *= 1 + s[i];
@@ -33,6 +33,12 @@ inline Modulation<A> modulation(const Tensor& x, const Rows& rows, const Optiona
   if (shift.has_value()) {
     const std::vector<A> s = parameters<A>(shift, conditions, c, 0);
     for (size_t i = 0; i < s.size(); ++i) m.offset[i] += s[i];
+  }
+  for (std::vector<A>* p : {&m.gain, &m.offset}) {
+    const std::vector<A> in_order = *p;
+    for (int64_t r = 0; r < conditions; ++r)
+      for (int64_t i = 0; i < c; ++i) (*p)[size_t(r * c + slot<T>(i, c))] = in_order[size_t(r * c + i)];
+    p->resize(p->size() + kLanes<A>);  // the last vector is read whole
   }
   return m;
 }
@@ -42,43 +48,58 @@ struct RowMoments {
   A mean, inverse;  // inverse = 1 / sqrt(variance + eps)
 };
 
+template <class A>
+struct Sums {  // of a row and of its squares, in four lanes so that no addition waits for the one before
+  using V = Vector<A>;
+  V total[4] = {}, squares[4] = {};
+  void add(int lane, V v) {
+    total[lane] += v;
+    squares[lane] += v * v;
+  }
+  void two(int64_t, V a, V b) { add(0, a), add(1, b); }
+  void four(int64_t, V a, V b, V c, V d) { add(0, a), add(1, b), add(2, c), add(3, d); }
+  void some(int64_t, V v, int n) {
+    for (int i = n; i < kLanes<A>; ++i) v[i] = 0;
+    add(0, v);
+  }
+  A total_sum() const { return tree_sum<A>((total[0] + total[1]) + (total[2] + total[3])); }
+  A square_sum() const { return tree_sum<A>((squares[0] + squares[1]) + (squares[2] + squares[3])); }
+};
+
 template <class T>
 inline RowMoments<Acc<T>> row_moments(const T* x, int64_t n, double eps) {
   using A = Acc<T>;
   using V = Vector<A>;
-  constexpr int L = kLanes<A>;
-  const int64_t whole = n / L * L;
-  V total{};
-  for (int64_t i = 0; i < whole; i += L) total += load(x + i);
-  if (whole < n) total += load(x + whole, int(n - whole));
-  A mean = sum(total) / A(n);
-  V off{}, squares{};
-  for (int64_t i = 0; i < whole; i += L) {
-    const V d = load(x + i) - mean;
-    off += d;
-    squares += d * d;
-  }
-  A variance = sum(squares), correction = sum(off);
-  for (int64_t i = whole; i < n; ++i) {
-    const A d = A(to_float(x[i])) - mean;
-    correction += d;
-    variance += d * d;
-  }
-  correction /= A(n);  // what the rounding of the long sum lost
-  mean += correction;
-  variance -= A(n) * correction * correction;
-  return {mean, A(1 / std::sqrt(double(variance) / double(n) + eps))};
+  const auto sums = [&](A centre) {
+    Sums<A> all;
+    const auto pair = [&](int64_t i, V& a, V& b) {
+      load_pair(x + i, a, b);
+      a -= centre;
+      b -= centre;
+    };
+    for_row<T>(n, pair, [&](int64_t i, int count) { return load_some(x + i, count) - centre; }, all);
+    return all;
+  };
+  A mean = sums(0).total_sum() / A(n);
+  const Sums<A> off = sums(mean);
+  const A correction = off.total_sum() / A(n);  // what the rounding of the long sum lost
+  const A variance = off.square_sum() / A(n) - correction * correction;
+  return {mean + correction, A(1 / std::sqrt(double(variance) + eps))};
 }
 
-// Calls put(i, y) or put(i, y, count) for the vectors of one normalised and modulated row.
+// One normalised and modulated row. gain and offset are in slot order.
 template <class T, class Put>
 inline void normalise_row(const T* x, int64_t n, RowMoments<Acc<T>> m, const Acc<T>* gain, const Acc<T>* offset,
-                          const Put& put) {
+                          Put&& put) {
+  using V = Vector<Acc<T>>;
   constexpr int L = kLanes<Acc<T>>;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) put(i, (load(x + i) - m.mean) * m.inverse * load(gain + i) + load(offset + i), L);
-  if (const int rest = int(n - i))
-    put(i, (load(x + i, rest) - m.mean) * m.inverse * load(gain + i, rest) + load(offset + i, rest), rest);
+  const auto y = [&](V v, int64_t i) { return (v - m.mean) * m.inverse * load(gain + i) + load(offset + i); };
+  const auto pair = [&](int64_t i, V& a, V& b) {
+    load_pair(x + i, a, b);
+    a = y(a, i);
+    b = y(b, i + L);
+  };
+  for_row<T>(n, pair, [&](int64_t i, int count) { const V v = load_some(x + i, count); return y(v, i); }, put);
 }
 
 }  // namespace LDMFAST_LEVEL_NAMESPACE

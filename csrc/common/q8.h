@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "pairs.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
 
@@ -48,9 +49,10 @@ struct Lanes {  // a range, lane by lane
     hi = max(hi, y);
     spoilt += y * 0;
   }
-  void add(Vector<A> y, int n) {  // the first n only
-    for (int i = n; i < kLanes<A>; ++i) y[i] = 0;
-    add(y);
+  void join(const Lanes& other) {
+    lo = min(lo, other.lo);
+    hi = max(hi, other.hi);
+    spoilt += other.spoilt;
   }
   Range range() const {
     Range all;
@@ -115,6 +117,53 @@ inline void store_codes(uint8_t* q, D v) {
   for (int i = 0; i < kLanes<double>; ++i)
     q[i] = uint8_t(std::nearbyint(v[i] > 0 ? (v[i] < 255 ? v[i] : 255.0) : 0.0));
 }
+// The codes of two pairs of T, 4 vectors. Narrowing saturates, so only what no int32 holds would need cutting first.
+template <class T, class V>
+inline void store_codes(uint8_t* q, V a, V b, V c, V d) {
+  constexpr int L = int(sizeof(V) / sizeof(a[0]));
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, F>) {
+    const auto whole = [](F v) { return _mm512_cvtps_epi32((__m512)v); };
+    const __m512i low = _mm512_packs_epi32(whole(a), whole(b)), high = _mm512_packs_epi32(whole(c), whole(d));
+    __m512i bytes = _mm512_packus_epi16(low, high);  // in each quarter 4 of a, of b, of c and of d
+    if constexpr (kInterleaved<T>) {
+      const __m512i zip = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
+      bytes = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_shuffle_epi8(bytes, zip));
+    } else {
+      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      bytes = _mm512_permutexvar_epi32(order, bytes);
+    }
+    return _mm512_storeu_si512(q, bytes);
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<V, F>) {
+    const auto whole = [](F v) { return _mm256_cvtps_epi32((__m256)v); };
+    const __m256i low = _mm256_packs_epi32(whole(a), whole(b)), high = _mm256_packs_epi32(whole(c), whole(d));
+    __m256i bytes = _mm256_packus_epi16(low, high);  // in each half 4 of a, of b, of c and of d
+    if constexpr (kInterleaved<T>) {
+      const __m256i zip = _mm256_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15, 0, 4, 1, 5, 2, 6, 3, 7,
+                                           8, 12, 9, 13, 10, 14, 11, 15);
+      bytes = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, zip), 0xd8);
+    } else {
+      bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    }
+    return _mm256_storeu_si256((__m256i*)q, bytes);
+  }
+#endif
+  uint8_t ordered[4 * L];
+  store_codes(ordered, a);
+  store_codes(ordered + L, b);
+  store_codes(ordered + 2 * L, c);
+  store_codes(ordered + 3 * L, d);
+  for (int i = 0; i < 4 * L; ++i) q[i] = ordered[i / kPair<T> * kPair<T> + slot<T>(i % kPair<T>, kPair<T>)];
+}
+// The codes of one pair.
+template <class T, class V>
+inline void store_codes(uint8_t* q, V a, V b) {
+  uint8_t buffer[2 * kPair<T>];
+  store_codes<T>(buffer, a, b, V{}, V{});
+  std::memcpy(q, buffer, size_t(kPair<T>));
+}
 template <class V>
 inline void store_codes(uint8_t* q, V v, int n) {
   uint8_t buffer[sizeof(V) / sizeof(v[0])];
@@ -145,6 +194,39 @@ struct Image {
         if (inside) std::memset(to + line() - edge, value, size_t(edge));
       }
     });
+  }
+};
+
+template <class T>
+struct Encoded {  // puts a row away as codes
+  using V = Vector<Acc<T>>;
+  uint8_t* to;
+  const Coder<Acc<T>>& code;
+  void four(int64_t i, V a, V b, V c, V d) const { store_codes<T>(to + i, code(a), code(b), code(c), code(d)); }
+  void two(int64_t i, V a, V b) const { store_codes<T>(to + i, code(a), code(b)); }
+  void some(int64_t i, V v, int n) const { store_codes(to + i, code(v), n); }
+};
+
+template <class T>
+struct Spread {  // keeps the range of a row only
+  using V = Vector<Acc<T>>;
+  Lanes<Acc<T>> lanes[2];
+  void two(int64_t, V a, V b) {
+    lanes[0].add(a);
+    lanes[1].add(b);
+  }
+  void four(int64_t i, V a, V b, V c, V d) {
+    two(i, a, b);
+    two(i, c, d);
+  }
+  void some(int64_t, V v, int n) {
+    for (int i = n; i < kLanes<Acc<T>>; ++i) v[i] = 0;
+    lanes[0].add(v);
+  }
+  Range range() const {
+    Lanes<Acc<T>> all = lanes[0];
+    all.join(lanes[1]);
+    return all.range();
   }
 };
 

@@ -1,5 +1,5 @@
 // geglu: out[r, d] = x[r, d] * g * Phi(g) with g = x[r, D + d].
-#include "common/dispatch.h"
+#include "common/activation.h"
 #include "common/stable.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
@@ -7,23 +7,10 @@ namespace {
 
 template <class T>
 void run(const Rows& x, T* out) {
-  using A = Acc<T>;
   const int64_t d = x.columns / 2;
   const T* in = data<T>(x.tensor);
   parallel_for(0, x.count, grain(d), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const T *value = in + r * x.stride, *gate = value + d;
-      T* to = out + r * d;
-      int64_t i = 0;
-      for (; i + kLanes<A> <= d; i += kLanes<A>) {
-        const auto g = load(gate + i);
-        store(to + i, load(value + i) * (g * normal_cdf(g)));
-      }
-      if (const int rest = int(d - i)) {
-        const auto g = load(gate + i, rest);
-        store(to + i, load(value + i, rest) * (g * normal_cdf(g)), rest);
-      }
-    }
+    for (int64_t r = begin; r < end; ++r) geglu_row(in + r * x.stride, d, Values<T>{out + r * d});
   });
 }
 
@@ -34,7 +21,8 @@ Tensor geglu(const Tensor& x) {
   Sizes sizes = sizes_of(x);
   sizes.back() /= 2;
   Tensor out = empty_in(x, sizes, false);
-  if (rows.count * rows.columns > 0) dispatch(x, [&](auto tag) { return run(rows, mutable_data<decltype(tag)>(out)), 0; });
+  if (rows.count * rows.columns > 0)
+    dispatch(x, [&](auto tag) { return run(rows, mutable_data<decltype(tag)>(out)), 0; });
   return out;
 }
 

@@ -1,16 +1,12 @@
 // geglu_q8: uint8 codes of geglu. The first pass looks for the range of value * gelu(gate) without computing it: gelu
 // lies between -0.17 and 0 for negative gates and between 0 and the gate for positive ones, and only where that bound
 // leaves the range found so far is the number itself needed.
+#include "common/activation.h"
 #include "common/q8.h"
 #include "common/stable.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
 namespace {
-
-template <class V>
-V geglu_of(V value, V gate) {
-  return value * (gate * normal_cdf(gate));
-}
 
 inline bool any_outside(F y, F lo, F hi) {
 #if defined(__AVX512F__)
@@ -30,20 +26,21 @@ inline bool any_outside(D y, D lo, D hi) {
   return any;
 }
 
-template <class A>
+template <class T>
 struct Search {
+  using A = Acc<T>;
   using V = Vector<A>;
   V lo{}, hi{}, spoilt{};  // lo and hi are the same in every lane
 
   void add(V value, V gate) {
     const V steepest = gate < 0 ? splat(A(-0.17)) : gate;
     spoilt += value * 0 + gate * 0;
-    if (any_outside(value * steepest, lo, hi)) {
-      const V y = geglu_of(value, gate);
-      for (int i = 0; i < kLanes<A>; ++i) {
-        lo = y[i] < lo[0] ? splat(y[i]) : lo;
-        hi = y[i] > hi[0] ? splat(y[i]) : hi;
-      }
+    if (__builtin_expect(any_outside(value * steepest, lo, hi), 0)) widen(value * gelu_of<T>(gate));
+  }
+  __attribute__((noinline)) void widen(V y) {
+    for (int i = 0; i < kLanes<A>; ++i) {
+      lo = y[i] < lo[0] ? splat(A(y[i])) : lo;
+      hi = y[i] > hi[0] ? splat(A(y[i])) : hi;
     }
   }
   Range range() const {
@@ -58,29 +55,32 @@ struct Search {
 template <class T>
 void run(const Rows& x, const Codes& codes) {
   using A = Acc<T>;
+  using V = Vector<A>;
   constexpr int L = kLanes<A>;
   const int64_t d = x.columns / 2, count = d > 0 ? x.count : 0;
   const T* in = data<T>(x.tensor);
   const Coder<A> coder = finish<A>(codes, parallel_range(count, grain(d), [&](int64_t begin, int64_t end) {
-    Search<A> search;
+    Search<T> search;
     for (int64_t r = begin; r < end; ++r) {
       const T *value = in + r * x.stride, *gate = value + d;
       int64_t i = 0;
-      for (; i + L <= d; i += L) search.add(load(value + i), load(gate + i));
-      if (const int rest = int(d - i)) search.add(load(value + i, rest), load(gate + i, rest));
+      for (V a, b, ga, gb; i + kPair<T> <= d; i += kPair<T>) {
+        load_pair(value + i, a, b);
+        load_pair(gate + i, ga, gb);
+        search.add(a, ga);
+        search.add(b, gb);
+      }
+      for (int n; i < d; i += n) {
+        n = int(std::min<int64_t>(L, d - i));
+        search.add(load_some(value + i, n), load_some(gate + i, n));
+      }
     }
     return search.range();
   }));
   uint8_t* q = mutable_data<uint8_t>(std::get<0>(codes));
   parallel_for(0, count, grain(d), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const T *value = in + r * x.stride, *gate = value + d;
-      uint8_t* to = q + r * d;
-      int64_t i = 0;
-      for (; i + L <= d; i += L) store_codes(to + i, coder(geglu_of(load(value + i), load(gate + i))));
-      if (const int rest = int(d - i))
-        store_codes(to + i, coder(geglu_of(load(value + i, rest), load(gate + i, rest))), rest);
-    }
+    for (int64_t r = end; r-- > begin;)  // backwards: what was read last is still in the cache
+      geglu_row(in + r * x.stride, d, Encoded<T>{q + r * d, coder});
   });
 }
 

@@ -3,25 +3,9 @@
 #include "common/stable.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
-namespace {
-
-template <class T>
-struct Values {  // where results go: rounded to T
-  T* y;
-  template <class V>
-  void operator()(int64_t at, V v) const {
-    store(y + at, v);
-  }
-  template <class V>
-  void operator()(int64_t at, V v, int n) const {
-    store(y + at, v, n);
-  }
-};
-
-}  // namespace
 
 Tensor group_norm_silu(const Tensor& x, const OptionalTensor& shift, int64_t num_groups, const OptionalTensor& weight,
-                       const OptionalTensor& bias, double eps, bool silu_wanted) {
+                       const OptionalTensor& bias, double eps, bool silu) {
   const bool last = is_channels_last(x);
   const Tensor dense = last || x.is_contiguous() ? x : torch::stable::contiguous(x);
   const Shape s = shape_of(x, num_groups);
@@ -32,9 +16,10 @@ Tensor group_norm_silu(const Tensor& x, const OptionalTensor& shift, int64_t num
     const auto norm = normalisation<T>(dense, s, last, shift, weight, bias, eps);
     const auto f = norm.template affine<false>();
     const Image image{s.n, s.c, 1, s.pixels, 0};
-    const Values<T> put{mutable_data<T>(out)};
-    if (silu_wanted)
-      norm.apply(f, image, [](auto y) { return silu(y); }, put);
+    T* y = mutable_data<T>(out);
+    const auto put = [&](int64_t i) { return Values<T>{y + i}; };
+    if (silu)
+      norm.apply(f, image, [](auto y) { return silu_of<T>(y); }, put);
     else
       norm.apply(f, image, [](auto y) { return y; }, put);
     return 0;

@@ -14,7 +14,7 @@ double exact_silu(double y) { return y / (1 + std::exp(-y)); }
 template <class A>
 Range range_of(const Affine<A>& f, bool with_silu) {
   Range range;
-  for (size_t i = 0; i < f.gain.size(); ++i) {
+  for (size_t i = 0; i < f.lo.size(); ++i) {
     const double one = double(f.lo[i]) * double(f.gain[i]) + double(f.offset[i]);
     const double other = double(f.hi[i]) * double(f.gain[i]) + double(f.offset[i]);
     range.add(with_silu ? exact_silu(one) : one);
@@ -24,18 +24,10 @@ Range range_of(const Affine<A>& f, bool with_silu) {
   return range;
 }
 
-template <class A>
-struct Encoded {  // where results go: rounded to codes
-  uint8_t* q;
-  Coder<A> coder;
-  void operator()(int64_t at, Vector<A> v) const { store_codes(q + at, coder(v)); }
-  void operator()(int64_t at, Vector<A> v, int n) const { store_codes(q + at, coder(v), n); }
-};
-
 }  // namespace
 
 Codes group_norm_silu_q8(const Tensor& x, const OptionalTensor& shift, int64_t num_groups,
-                         const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool silu_wanted,
+                         const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool silu,
                          int64_t pad) {
   const Shape s = shape_of(x, num_groups);
   const Codes codes = empty_image_codes(x, pad);
@@ -48,12 +40,13 @@ Codes group_norm_silu_q8(const Tensor& x, const OptionalTensor& shift, int64_t n
     const auto norm = normalisation<T>(dense, s, last, shift, weight, bias, eps);
     const bool empty = s.n * s.c * s.pixels == 0;
     const auto f = empty ? Affine<A>{} : norm.template affine<true>();
-    const Coder<A> coder = finish<A>(codes, range_of(f, silu_wanted));
-    const Encoded<A> put{mutable_data<uint8_t>(std::get<0>(codes)), coder};
-    image.fill_border(put.q, coder.zero_point);
+    const Coder<A> coder = finish<A>(codes, range_of(f, silu));
+    uint8_t* q = mutable_data<uint8_t>(std::get<0>(codes));
+    const auto put = [&](int64_t i) { return Encoded<T>{q + i, coder}; };
+    image.fill_border(q, coder.zero_point);
     if (empty) return 0;
-    if (silu_wanted)
-      norm.apply(f, image, [](auto y) { return silu(y); }, put);
+    if (silu)
+      norm.apply(f, image, [](auto y) { return silu_of<T>(y); }, put);
     else
       norm.apply(f, image, [](auto y) { return y; }, put);
     return 0;

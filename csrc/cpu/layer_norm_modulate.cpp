@@ -13,17 +13,13 @@ Tensor layer_norm_modulate(const Tensor& x, const OptionalTensor& scale, const O
   if (rows.count * c == 0) return out;
   dispatch(x, [&](auto tag) {
     using T = decltype(tag);
-    using A = Acc<T>;
-    const Modulation<A> m = modulation<A>(x, rows, scale, shift, weight, bias);
+    const Modulation<Acc<T>> m = modulation<T>(x, rows, scale, shift, weight, bias);
     const T* in = data<T>(rows.tensor);
     T* to = mutable_data<T>(out);
     parallel_for(0, rows.count, grain(c), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const T* row = in + r * rows.stride;
-        normalise_row(row, c, row_moments(row, c, eps), &m.gain[size_t(m.at(r))], &m.offset[size_t(m.at(r))],
-                      [&](int64_t i, Vector<A> y, int n) {
-                        n == kLanes<A> ? store(to + r * c + i, y) : store(to + r * c + i, y, n);
-                      });
+        normalise_row(row, c, row_moments(row, c, eps), &m.gain[m.at(r)], &m.offset[m.at(r)], Values<T>{to + r * c});
       }
     });
     return 0;

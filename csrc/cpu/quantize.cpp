@@ -7,23 +7,12 @@ namespace {
 
 constexpr int64_t kPart = 16384;  // elements read at a time
 
-template <class T>
-Range span(const T* x, int64_t n) {
-  using A = Acc<T>;
-  constexpr int L = kLanes<A>;
-  Lanes<A> lanes;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) lanes.add(load(x + i));
-  if (i < n) lanes.add(load(x + i, int(n - i)));
-  return lanes.range();
-}
-
-template <class T>
-void encode(const T* x, uint8_t* q, int64_t n, const Coder<Acc<T>>& coder) {
-  constexpr int L = kLanes<Acc<T>>;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) store_codes(q + i, coder(load(x + i)));
-  if (const int rest = int(n - i)) store_codes(q + i, coder(load(x + i, rest)), rest);
+template <class T, class Put>
+void read(const T* x, int64_t n, Put&& put) {
+  using V = Vector<Acc<T>>;
+  for_row<T>(
+      n, [&](int64_t i, V& a, V& b) { load_pair(x + i, a, b); }, [&](int64_t i, int count) { return load_some(x + i, count); },
+      put);
 }
 
 template <class T>
@@ -31,21 +20,22 @@ void run(const T* x, int64_t n, const Image& image, const Codes& codes) {
   const int64_t parts = (n + kPart - 1) / kPart;
   const auto size = [&](int64_t i) { return std::min(kPart, n - i * kPart); };
   const Coder<Acc<T>> coder = finish<Acc<T>>(codes, parallel_range(parts, 2, [&](int64_t begin, int64_t end) {
-    Range all;
-    for (int64_t i = begin; i < end; ++i) all.join(span(x + i * kPart, size(i)));
-    return all;
+    Spread<T> spread;
+    for (int64_t i = begin; i < end; ++i) read(x + i * kPart, size(i), spread);
+    return spread.range();
   }));
   uint8_t* q = mutable_data<uint8_t>(std::get<0>(codes));
   image.fill_border(q, coder.zero_point);
   if (image.pad == 0) {
     parallel_for(0, parts, 2, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) encode(x + i * kPart, q + i * kPart, size(i), coder);
+      for (int64_t i = end; i-- > begin;)  // backwards: what was read last is still in the cache
+        read(x + i * kPart, size(i), Encoded<T>{q + i * kPart, coder});
     });
   } else {
     const int64_t columns = image.w * image.c;
     parallel_for(0, image.n * image.h, grain(columns), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        encode(x + i * columns, q + image.at(i / image.h, i % image.h * image.w), columns, coder);
+      for (int64_t i = end; i-- > begin;)
+        read(x + i * columns, columns, Encoded<T>{q + image.at(i / image.h, i % image.h * image.w), coder});
     });
   }
 }
