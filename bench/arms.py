@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -141,7 +142,8 @@ def compiled(net: Network) -> Arm:
         module = torch.compile(net.half)
         inputs = net.cast(torch.bfloat16)
         # not torch.compile(options=...): freezing is read before options take effect, and would be left out silently
-        with inductor.patch(freezing=True):
+        with inductor.patch(freezing=True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dynamo's remarks on diffusers' code
             net.run(module, *inputs)
         return lambda: net.run(module, *inputs), {}
 
@@ -237,8 +239,8 @@ def openvino_call(model: Any, inputs: tuple[Tensor, ...], precision: str, thread
         low = found.element_type == openvino.Type.bf16
         return torch.from_numpy(found.data.view("int16")).view(torch.bfloat16) if low else torch.from_numpy(found.data)
 
-    told = {name: str(network.get_property(name)) for name in ("INFERENCE_PRECISION_HINT", "INFERENCE_NUM_THREADS",
-                                                               "PERFORMANCE_HINT")}
+    told = {"precision": network.get_property("INFERENCE_PRECISION_HINT").to_string(),
+            "threads": network.get_property("INFERENCE_NUM_THREADS")}
     return call, {"compile_s": seconds, "plugin": told}
 
 
