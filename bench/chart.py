@@ -35,25 +35,28 @@ def panel(axes: Any, case: str, entry: Mapping[str, Any]) -> None:
     axes.tick_params(left=False)
     axes.spines[:].set_visible(False)
     axes.set_title(case, fontsize=9, loc="left", fontweight="bold")
+    axes.set_title(entry["note"].split(";")[0], fontsize=7, loc="right", color="#777777")
 
 
 def draw(record: Mapping[str, Any], path: Path) -> Path:
-    """Writes the chart of a record of bench/peers.py: networks on the left, kernels on the right."""
+    """Writes the chart of a record of bench/peers.py: networks first, then kernels, in two columns."""
     from matplotlib.figure import Figure
 
-    kernels = [case for case in record["cases"] if case.startswith(("attention", "group_norm"))]
-    networks = [case for case in record["cases"] if case not in kernels]
-    columns = [column for column in (networks, kernels) if column]
-    heights = [[len(record["cases"][case]["arms"]) + 1.6 for case in column] for column in columns]
-    figure = Figure(figsize=(6.4 * len(columns), 0.6 + 0.24 * max(map(sum, heights))), layout="constrained")
-    for part, column, height in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns, heights):
-        blank = max(map(sum, heights)) - sum(height)
-        grid = part.subplots(len(column) + (blank > 0), 1, squeeze=False,
-                             height_ratios=height + [blank] * (blank > 0))
-        for axes, case in zip(grid[:, 0], column):
+    cases = sorted(record["cases"], key=lambda case: case.startswith(("attention", "group_norm")))
+    height = {case: len(record["cases"][case]["arms"]) + 1.6 for case in cases}
+    half = sum(height.values()) / 2
+    left = [case for i, case in enumerate(cases) if i == 0 or sum(height[c] for c in cases[:i + 1]) <= half]
+    columns = [column for column in (left, cases[len(left):]) if column]
+    tallest = max(sum(height[case] for case in column) for column in columns)
+    figure = Figure(figsize=(6.4 * len(columns), 0.6 + 0.24 * tallest), layout="constrained")
+    for part, column in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns):
+        ratios = [height[case] for case in column]
+        blank = [tallest - sum(ratios)] if tallest - sum(ratios) > 0.1 else []
+        grid = part.subplots(len(column) + len(blank), 1, squeeze=False, height_ratios=ratios + blank)[:, 0]
+        for axes, case in zip(grid, column):
             panel(axes, case, record["cases"][case])
-        if blank > 0:
-            grid[-1, 0].axis("off")
+        for axes in grid[len(column):]:
+            axes.axis("off")
     machine = f"{record['device']}, {record['threads']} threads, instruction set: {record['level']}"
     figure.suptitle(f"{machine}. Median time, shorter is better", fontsize=10)
     figure.savefig(path, dpi=140)

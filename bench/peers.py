@@ -226,9 +226,10 @@ def measure(options: argparse.Namespace, cache: Path) -> dict[str, Any]:
 
 def main() -> None:
     options = arguments()
-    picture = ROOT / "docs" / (f"peers-{options.level}.png" if options.level else "peers.png")
+    docs = ROOT / "docs"
     if options.plot:
-        print(f"drawn in {draw(json.loads(Path(options.plot).read_text()), picture)}")
+        record = Path(options.plot)
+        print(f"drawn in {draw(json.loads(record.read_text()), docs / f'{record.stem}.png')}")
         return
     if options.level:
         hold(options.level)
@@ -240,7 +241,7 @@ def main() -> None:
         if not options.cache:
             shutil.rmtree(cache)
     if options.plot is not None:
-        print(f"drawn in {draw(record, picture)}")
+        print(f"drawn in {draw(record, docs / (f'peers-{options.level}.png' if options.level else 'peers.png'))}")
 
 
 if __name__ == "__main__":
