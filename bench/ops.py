@@ -22,7 +22,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from tqdm import tqdm
 import ldmfast
 from ldmfast import ops
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 
 def clock(device: str, call: Callable[[], Any]) -> float:
@@ -47,14 +48,20 @@ def clock(device: str, call: Callable[[], Any]) -> float:
     return now() - start
 
 
+def in_turn(names: Iterable[str], repeats: int) -> Iterator[str]:
+    """Every name once a round; the order is reversed every other round."""
+    forward = list(names)
+    for i in range(repeats):
+        yield from forward[:: 1 if i % 2 else -1]
+
+
 def medians(timer: str, calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, taken in turn; the order is reversed every other round."""
+    """Median seconds of each call, taken in turn."""
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(repeats):
-        for name in list(calls)[:: 1 if i % 2 else -1]:
-            times[name].append(clock(timer, calls[name]))
+    for name in in_turn(calls, repeats):
+        times[name].append(clock(timer, calls[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -104,16 +111,33 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
-    try:
+    """HEAD's short name, with "-changed" where the measured code differs from it."""
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "csrc", "kernels", "ldmfast", "bench/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("-changed" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
+def conditions(device: str) -> dict[str, Any]:
+    """What every record says about where and with what it was measured."""
+    facts = ldmfast.info()
+    return {"device": device_name(device), "commit": commit(), "torch": torch.__version__,
+            "ldmfast": facts["version"], "cpu_isa": facts["cpu_isa"], "threads": torch.get_num_threads(),
+            "load_average": os.getloadavg()[0]}
+
+
+def result_path(device: str, name: str) -> Path:
+    """Where the record of that name is kept. device: as ``device_name`` tells it."""
+    return RESULTS / "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split()) / name
+
+
 def write(record: dict[str, Any], name: str) -> Path:
-    slug = "-".join("".join(c if c.isalnum() else " " for c in record["device"].lower()).split())
-    path = RESULTS / slug / name
+    path = result_path(record["device"], name)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
@@ -154,11 +178,8 @@ def main() -> None:
     for r in rows:
         print(f"{r['op']:20s} {r['case']:{width}s} {r['dtype']:9s} {r['backend']:9s} {r['ms']:9.3f} "
               f"{r['torch_ms']:9.3f} {r['speedup']:5.2f} {r['roofline']:8.0%}")
-    facts = ldmfast.info()
-    record = {"device": device_name(options.device), "commit": commit(), "torch": torch.__version__,
-              "ldmfast": facts["version"], "cpu_isa": facts["cpu_isa"],
-              "threads": options.threads, "clock": "thread CPU time" if options.busy else "wall",
-              "repeats": options.repeats, "load_average": os.getloadavg()[0], "peaks": peaks, "rows": rows}
+    record = {**conditions(options.device), "clock": "thread CPU time" if options.busy else "wall",
+              "repeats": options.repeats, "peaks": peaks, "rows": rows}
     if not options.no_write:
         print(f"written to {write(record, 'ops.json')}")
 
