@@ -154,8 +154,8 @@ struct Amx {
       load_tile<7>(b + kStepB + 32, kBytes);
     }
     for (int i = 0; i < m; i += 16, a += 16 * row, c += 16 * kColumns) {
-      load_tile<2>(a, row * 2);
-      if (steps > 1) load_tile<3>(a + 32, row * 2);
+      load_tile<2>(a, 64);
+      if (steps > 1) load_tile<3>(a + 512, 64);
       begin<0>(c, add);
       dot<0, 2, 4>();
       if (i > 0) store_tile<1>(c - 16 * kColumns + 16, kBytes);
@@ -174,7 +174,7 @@ struct Amx {
       begin<1>(c + 16, add);
       const bf16* column = b;
       for (int d = 0; d < k; d += 32, column += kStepB) {
-        load_tile<2>(a + d, row * 2);
+        load_tile<2>(a + d * 16, 64);
         load_tile<4>(column, kBytes);
         dot<0, 2, 4>();
         load_tile<5>(column + 32, kBytes);

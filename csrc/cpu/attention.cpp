@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kStep = 64;                   // keys of one step
 constexpr int64_t kStretchBytes = 1 << 20;  // packed keys and values that stay in the second-level cache
+constexpr int64_t kAhead = 16;              // rows between a prefetch and its use
 constexpr float kLog2e = 1.44269504f;
 constexpr float kHeadroom = 60;     // log2 of the largest weight that the bound allows
 constexpr float kBoundLimit = 16384;  // up to here a base is a whole number to 1/128, as weigh_tiles needs
@@ -114,6 +115,16 @@ inline F square(U line, const float*) { return (F)line * (F)line; }
 inline F square(U line, const bf16*) {
   const F low = (F)(line << 16), high = (F)(line & 0xffff0000u);
   return low * low + high * high;
+}
+
+// Asks for `rows` rows of n numbers, `stride` apart: heads lie far apart in memory, and no hardware prefetches that.
+template <int write, class T>
+inline void prefetch(const T* from, int64_t stride, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const char *at = reinterpret_cast<const char*>(from + r * stride), *end = at + n * int64_t(sizeof(T));
+    for (; at < end; at += 64) __builtin_prefetch(at, write, 3);
+    __builtin_prefetch(end - 1, write, 3);
+  }
 }
 
 // Rounds two rows to bf16 and pairs them, the first in the low half.
@@ -250,6 +261,10 @@ class Worker {
           rows_ = int(std::min<int64_t>(C, p_.queries - row_));
           if (kind != Sweep::bounded && !again_[size_t(slot_)]) continue;
           pack_queries(q);
+          if (whole && row_ + C < p_.queries)
+            prefetch<0>(q + (row_ + C) * p_.q.stride(1), p_.q.stride(1), std::min<int64_t>(C, p_.queries - row_ - C),
+                        p_.depth);
+          if (whole) prefetch<1>(out_row(out, row_), p_.heads * p_.width, rows_, p_.width);
           if (at == 0) start(kind);
           if (kind != Sweep::bounded || !again_[size_t(slot_)]) visit(kind, at, keys);
         }
@@ -295,6 +310,11 @@ class Worker {
     });
   }
 
+  template <class T>
+  T* out_row(T* out, int64_t row) const {
+    return out + ((b_ * p_.queries + row) * p_.heads + h_) * p_.width;
+  }
+
   E* weights() {
     if constexpr (kSplit)
       return weights_;
@@ -302,11 +322,18 @@ class Worker {
       return scores_[0];
   }
 
+  // Where A has element (row, k), of `depth` columns: row-major, or by whole tiles.
+  static int64_t place(int64_t row, int64_t k, int64_t depth) {
+    if (!Engine::kTiles) return row * depth + k;
+    return row / 16 * 16 * depth + k / 32 * 512 + row % 16 * 32 + k % 32;
+  }
+
   // The largest norm of a key; NaN or infinite if one of them is.
   template <class T>
   float longest(const T* k) const {
     float longest = 0;
     for (int64_t j = 0; j < p_.keys; ++j, k += p_.k.stride(1)) {
+      if (j + kAhead < p_.keys) prefetch<0>(k + kAhead * p_.k.stride(1), 0, 1, p_.depth);
       F squares{};
       int64_t d = 0;
       for (; d + L <= p_.depth; d += L) squares += load(k + d) * load(k + d);
@@ -324,14 +351,21 @@ class Worker {
   template <class T>
   void pack(const T* k, const T* v, int64_t keys) {
     const int64_t padded = up(keys, kPad);
-    for (int64_t j = 0; j < padded; ++j)
+    for (int64_t j = 0; j < padded; ++j) {
+      if (j + kAhead < keys) prefetch<0>(k + (j + kAhead) * p_.k.stride(1), 0, 1, p_.depth);
       for (int64_t d = 0; d < depth_; d += L * G) {
         const int64_t n = j < keys ? std::min<int64_t>(L * G, p_.depth - d) : 0;
         const U line = n > 0 ? line_of<E>(k + j * p_.k.stride(1) + d, int(n)) : U{};
-        store_dwords(k_ + j * depth_ + d, line, int(std::min<int64_t>(L, (depth_ - d) / G)));
+        store_dwords(k_ + place(j, d, depth_), line, int(std::min<int64_t>(L, (depth_ - d) / G)));
       }
-    for (int64_t at = 0; at < padded; at += kStep)
+    }
+    prefetch<0>(v, p_.v.stride(1), std::min<int64_t>(kStep, keys), p_.width);
+    for (int64_t at = 0; at < padded; at += kStep) {
+      if (at + kStep < keys)
+        prefetch<0>(v + (at + kStep) * p_.v.stride(1), p_.v.stride(1), std::min<int64_t>(kStep, keys - at - kStep),
+                    p_.width);
       pack_values(v + at * p_.v.stride(1), keys - at, std::min<int64_t>(kStep, padded - at), v_ + at * width_);
+    }
   }
 
   // One step of values as A of the second product: in groups of keys by columns, or by rows of keys for tiles. Where
@@ -356,7 +390,7 @@ class Worker {
           U rows[L];
           for (int i = 0; i < 16; ++i) rows[i] = group(j + 2 * i, c);
           transpose(rows);
-          for (int i = 0; i < 16; ++i) store_dwords(to + (c + i) * kStep + j, rows[i], 16);
+          for (int i = 0; i < 16; ++i) store_dwords(to + place(c + i, j, kStep), rows[i], 16);
         }
       } else {
         const int n = int(std::min<int64_t>(L, p_.width - c));
@@ -364,7 +398,7 @@ class Worker {
       }
     }
     if constexpr (Engine::kTiles)
-      for (int64_t j = 0; j < padded && ones_; ++j) to[p_.width * kStep + j] = {uint16_t(j < keys ? 0x3f80 : 0)};
+      for (int64_t j = 0; j < padded && ones_; ++j) to[place(p_.width, j, kStep)] = {uint16_t(j < keys ? 0x3f80 : 0)};
   }
 
   // The block's queries as B of the first product, and their norms.
@@ -519,7 +553,7 @@ class Worker {
   void finish(int64_t row, T* out) {
     const int64_t w = p_.width, stride = p_.heads * w;
     const int rows = int(std::min<int64_t>(C, p_.queries - row));
-    T* const to = out + ((b_ * p_.queries + row) * p_.heads + h_) * w;
+    T* const to = out_row(out, row);
     if (!started_[size_t(slot_)]) {
       for (int r = 0; r < rows; ++r) std::fill(to + r * stride, to + r * stride + w, T{});
       return;
