@@ -76,7 +76,7 @@ struct Vectors {
   }
 
   static void multiply(const Element* a, int64_t row, int64_t group, const Element* b, float* c, int m, int k,
-                       bool add) {
+                       bool add, bool = false) {
     for (int blocks = (m + 5) / 6; blocks > 0; --blocks) {  // equal blocks: a short one does not hide its latency
       const int rows = (m + blocks - 1) / blocks;
       switch (rows) {
@@ -146,12 +146,14 @@ struct Amx {
 
   // k = 32 * steps, steps <= 2: B stays in tiles 4 to 7; a tile of C is stored while the next one is summed.
   template <int steps>
-  static void short_sums(const bf16* a, int64_t row, const bf16* b, float* c, int m, bool add) {
-    load_tile<4>(b, kBytes);
-    load_tile<6>(b + 32, kBytes);
-    if (steps > 1) {
-      load_tile<5>(b + kStepB, kBytes);
-      load_tile<7>(b + kStepB + 32, kBytes);
+  static void short_sums(const bf16* a, int64_t row, const bf16* b, float* c, int m, bool add, bool held) {
+    if (!held) {
+      load_tile<4>(b, kBytes);
+      load_tile<6>(b + 32, kBytes);
+      if (steps > 1) {
+        load_tile<5>(b + kStepB, kBytes);
+        load_tile<7>(b + kStepB + 32, kBytes);
+      }
     }
     for (int i = 0; i < m; i += 16, a += 16 * row, c += 16 * kColumns) {
       load_tile<2>(a, 64);
@@ -185,9 +187,10 @@ struct Amx {
     }
   }
 
-  static void multiply(const bf16* a, int64_t row, int64_t, const bf16* b, float* c, int m, int k, bool add) {
-    if (k == 32) return short_sums<1>(a, row, b, c, m, add);
-    if (k == 64) return short_sums<2>(a, row, b, c, m, add);
+  static void multiply(const bf16* a, int64_t row, int64_t, const bf16* b, float* c, int m, int k, bool add,
+                       bool held = false) {
+    if (k == 32) return short_sums<1>(a, row, b, c, m, add, held);
+    if (k == 64) return short_sums<2>(a, row, b, c, m, add, held);
     long_sums(a, row, b, c, m, k, add);
   }
 };

@@ -445,25 +445,31 @@ class Worker {
   void visit(Sweep kind, int64_t at, int64_t keys) {
     const int64_t seen = std::min(keys, p_.visible(row_ + rows_ - 1) - at);
     float* out = out_ + slot_ * width_ * C;
-    const auto score = [&](int64_t j) {
-      const int n = int(up(std::min<int64_t>(kStep, keys - j), Engine::kRows));
-      Engine::multiply(k_ + j * depth_, depth_, G, q_, scores_[j / kStep & 1], n, int(depth_), false);
+    // Tiles are multiplied for a part of the next step's scores while the weights of a part of this one are made.
+    constexpr int kPart = Engine::kTiles ? 16 : kStep;
+    const auto score = [&](int64_t j, int part) {
+      const int n = int(up(std::min<int64_t>(kStep, keys - j), Engine::kRows)) - part;
+      if (n > 0)
+        Engine::multiply(k_ + (j + part) * depth_, depth_, G, q_, scores_[j / kStep & 1] + part * C,
+                         std::min(n, kPart), int(depth_), false, part > 0);
     };
-    if (Engine::kTiles && seen > 0) score(0);
+    for (int part = 0; Engine::kTiles && seen > 0 && part < kStep; part += kPart) score(0, part);
     for (int64_t j = 0; j < seen; j += kStep) {
-      if (!Engine::kTiles)
-        score(j);
-      else if (j + kStep < seen)
-        score(j + kStep);  // ahead, so that its tiles are multiplied while weights are made
+      if (!Engine::kTiles) score(j, 0);
       const int n = int(std::min<int64_t>(kStep, keys - j)), padded = int(up(n, kPad));
       float* s = scores_[j / kStep & 1];
       mask(s, at + j, n, padded);
       const float unit = p_.bias.has_value() ? 1.0f : unit_;
-      if (kind == Sweep::maxima) {
-        raise(s, padded, unit);
-        continue;
+      for (int part = 0; part < kStep; part += kPart) {
+        if (Engine::kTiles && j + kStep < seen) score(j + kStep, part);
+        if (part >= padded) continue;
+        const int rows = std::min(kPart, padded - part);
+        if (kind == Sweep::maxima)
+          raise(s + part * C, rows, unit);
+        else
+          weigh(kind, s + part * C, weights() + part * C, rows, unit);
       }
-      weigh(kind, s, padded, unit);
+      if (kind == Sweep::maxima) continue;
       const E* v = v_ + j * width_;
       if constexpr (Engine::kTiles)
         Engine::multiply(v, kStep, G, weights(), out, int(width_), padded, started_[size_t(slot_)]);
@@ -508,13 +514,13 @@ class Worker {
     }
   }
 
-  void weigh(Sweep kind, float* s, int padded, float unit) {
+  void weigh(Sweep kind, float* s, E* weights, int padded, float unit) {
     const float* base = base_ + slot_ * C;
     float* total = total_ + slot_ * C;
 #if defined(__AMX_BF16__)
     if constexpr (Engine::kTiles)
       if (kind == Sweep::bounded && !p_.bias.has_value())
-        return weigh_tiles(s, weights_, padded, base, unit, ones_ ? nullptr : total);
+        return weigh_tiles(s, weights, padded, base, unit, ones_ ? nullptr : total);
 #endif
     for (int t = 0; t < C; t += L) {
       const Weights weight(unit, load(base + t));
@@ -524,7 +530,7 @@ class Worker {
         if constexpr (kSplit) {
           const F a = weight.rough(load(from)), b = weight.rough(load(from + C));
           sum += a + b;
-          store_dwords(weights_ + (j * C + t * G), pair_rounded(a, b), L);
+          store_dwords(weights + (j * C + t * G), pair_rounded(a, b), L);
         } else {
           const F a = weight.exact(load(from));
           sum += a;
