@@ -15,11 +15,12 @@
 #include "common/dispatch.h"
 #include "common/stable.h"
 #include "common/tile.h"
+#include "common/weights.h"
+#include "common/workspace.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
 namespace {
 
-constexpr int kStep = 64;                   // keys of one step
 constexpr int64_t kStretchBytes = 1 << 20;  // packed keys and values that stay in the second-level cache
 constexpr int64_t kAhead = 16;              // rows between a prefetch and its use
 constexpr float kLog2e = 1.44269504f;
@@ -41,52 +42,6 @@ struct Problem {
     if (!causal) return keys;
     const int64_t at = i + keys - queries;
     return at < 0 ? 0 : std::min(keys, (at / block + 1) * block);
-  }
-};
-
-inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// The weights 2^(unit * s - base) of one vector of queries. NaN stays, -inf gives 0.
-struct Weights {
-  F unit, base, low;  // below `low` a weight is 0
-
-  Weights(float unit, F base) : unit(splat(unit)), base(base), low((base - 126.0f) / unit) {}
-
-  // Relative error 8e-5, for weights that are rounded to bf16.
-  F rough(F s) const {
-#if defined(__AVX512F__)
-    const F x = s * unit - base;
-    const F r = (F)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // fraction; 0 of -inf
-    F p = splat(0.0780245f) * r + 0.22606719f;
-    p = p * r + 0.69583353f;
-    p = p * r + 0.99992522f;
-    return (F)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2^floor(x)
-#else
-    return exact(s);
-#endif
-  }
-
-  // Relative error 2e-7: the fraction is rounded once, as if base were near the scores.
-  F exact(F s) const {
-    const F bounded = max(low, s);
-#if defined(__AVX512F__)
-    const F whole = (F)_mm512_roundscale_ps((__m512)(bounded * unit - base), _MM_FROUND_TO_NEAREST_INT);
-#else
-    I n;
-    const F whole = nearest(bounded * unit - base, n);
-#endif
-    const F r = bounded * unit - (base + whole);
-    F p = splat(0.0013264667f) * r + 0.0096715363f;
-    p = p * r + 0.0555073373f;
-    p = p * r + 0.2402224243f;
-    p = p * r + 0.6931470037f;
-    p = p * r + 1.0f;
-#if defined(__AVX512F__)
-    const __mmask16 hidden = _mm512_cmp_ps_mask((__m512)s, (__m512)low, _CMP_LT_OQ);
-    return (F)_mm512_mask_scalef_ps(_mm512_setzero_ps(), _mm512_knot(hidden), (__m512)p, (__m512)whole);
-#else
-    return s < low ? F{} : (bounded == bounded ? p * power_of_two(n) : bounded);
-#endif
   }
 };
 
@@ -127,93 +82,6 @@ inline void prefetch(const T* from, int64_t stride, int64_t rows, int64_t n) {
   }
 }
 
-// Rounds two rows to bf16 and pairs them, the first in the low half.
-inline U pair_rounded(F a, F b) {
-  const auto round = [](F x) {
-    const U bits = (U)x, up = bits + 0x7fff + (bits >> 16 & 1);
-    return x == x ? up : bits | 0x400000;
-  };
-  return (round(a) >> 16) | (round(b) & 0xffff0000u);
-}
-
-// Memory of a thread that outlives the call: fresh pages would cost more than a small attention.
-class Workspace {
- public:
-  ~Workspace() { std::free(base_); }
-  template <class T>
-  T* take(int64_t n) {
-    const size_t at = used_;
-    used_ += size_t(up(n * int64_t(sizeof(T)), 64)) + 128;  // an odd number of lines: rows of equal address bits
-    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + at);
-  }
-  // Runs `f`, which takes its pieces, once to count and once for good.
-  template <class Fn>
-  void lay_out(const Fn& f) {
-    char* const kept = base_;
-    base_ = nullptr;
-    used_ = 0;
-    f();
-    base_ = kept;
-    if (used_ > size_) {
-      std::free(base_);
-      size_ = size_t(up(int64_t(used_), 4096));
-      base_ = static_cast<char*>(std::aligned_alloc(4096, size_));
-      if (base_ == nullptr) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    used_ = 0;
-    f();
-  }
-  void shrink() {  // a large one is not worth keeping
-    if (size_ <= size_t(4) << 20) return;
-    std::free(base_);
-    base_ = nullptr;
-    size_ = 0;
-  }
-
- private:
-  char* base_ = nullptr;
-  size_t size_ = 0, used_ = 0;
-};
-
-#if defined(__AMX_BF16__)
-// Weights of bf16 precision by integers alone: while tiles are multiplied, the second 512-bit port does no floating
-// point. y = unit * s + shift leaves u = 128 (s - base + 127) - 11 in the low bits of y: an exponent and a linear
-// mantissa, to which the table adds 11 + 128 (2^f - 1 - f) for the fraction f. Every CPU with AMX has VBMI.
-__attribute__((target("avx512vbmi"))) inline void weigh_tiles(const float* s, bf16* p, int keys, const float* base,
-                                                              float unit, float* total) {
-  alignas(64) static const int8_t kBend[64] = {
-      8, 7, 7, 6, 6, 5, 5, 4, 4, 4, 3, 3, 3, 2, 2, 2, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-      0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 9, 9, 10, 11, 11, 10, 9, 9, 8};
-  constexpr int C = Amx::kColumns;
-  const __m512 magic = _mm512_set1_ps(12582912.0f), slope = _mm512_set1_ps(128 * unit);
-  const __m512i bend = _mm512_load_si512(kBend), to_high = _mm512_set4_epi32(0x0d0c0000, 0x09080000, 0x05040000, 0x01000000);
-  const __m512i fields = _mm512_set1_epi64(0x3131212111110101), ones = _mm512_set1_epi16(0x3f80);
-  __m512 shift[2], sum[2] = {};
-  for (int t = 0; t < 2; ++t)
-    shift[t] = _mm512_fnmadd_ps(_mm512_set1_ps(128), _mm512_loadu_ps(base + 16 * t),
-                                _mm512_set1_ps(12582912.0f + 127 * 128 - 11));
-  const auto linear = [&](const float* from, int t) {
-    return (__m512i)_mm512_max_ps(magic, _mm512_fmadd_ps(_mm512_loadu_ps(from), slope, shift[t]));
-  };
-  for (int j = 0; j < keys; j += 2, s += 2 * C, p += 2 * C)
-#pragma GCC unroll 2
-    for (int t = 0; t < 2; ++t) {
-      const __m512i first = linear(s + 16 * t, t), second = linear(s + C + 16 * t, t);
-      const __m512i u = _mm512_mask_shuffle_epi8(first, 0xccccccccccccccccull, second, to_high);
-      const __m512i at = _mm512_multishift_epi64_epi8(fields, u);  // bits 1 to 6 of each word
-      const __m512i w = _mm512_add_epi16(u, _mm512_maskz_permutexvar_epi8(0x5555555555555555ull, at, bend));
-      if (total) sum[t] = _mm512_dpbf16_ps(sum[t], (__m512bh)w, (__m512bh)ones);
-      _mm512_storeu_si512(p + 32 * t, w);
-    }
-  if (total)
-    for (int t = 0; t < 2; ++t)
-      _mm512_storeu_ps(total + 16 * t, _mm512_add_ps(_mm512_loadu_ps(total + 16 * t), sum[t]));
-}
-#endif
-
 template <class Engine>
 class Worker {
   typedef typename Engine::Element E;
@@ -230,9 +98,10 @@ class Worker {
         depth_(up(p.depth, Engine::kDepth)),
         width_(up(p.width, Engine::kRows)),
         ones_(width_ > p.width),
+        step_(Engine::kTiles && width_ <= 128 ? 64 : 128),  // measured: tiles want the scores in the first-level cache
         unit_(std::max(float(std::abs(p.scale)) * kLog2e, 1e-30f)) {  // not 0: -inf must stay
-    const int64_t fit = kStretchBytes / int64_t(sizeof(E)) / (depth_ + width_) / kStep * kStep;
-    stretch_ = std::min(std::max<int64_t>(fit, kStep), up(p.keys, kStep));
+    const int64_t fit = kStretchBytes / int64_t(sizeof(E)) / (depth_ + width_) / step_ * step_;
+    stretch_ = std::min(std::max<int64_t>(fit, step_), up(p.keys, step_));
   }
   ~Worker() { workspace().shrink(); }
 
@@ -301,9 +170,9 @@ class Worker {
       k_ = w.take<E>(stretch_ * depth_);
       v_ = w.take<E>(stretch_ * width_);
       q_ = w.take<E>(depth_ * C);
-      scores_[0] = w.take<float>(kStep * C);
-      scores_[1] = Engine::kTiles ? w.take<float>(kStep * C) : scores_[0];
-      weights_ = kSplit ? w.take<E>(kStep * C) : nullptr;
+      scores_[0] = w.take<float>(step_ * C);
+      scores_[1] = Engine::kTiles ? w.take<float>(step_ * C) : scores_[0];
+      weights_ = kSplit ? w.take<E>(step_ * C) : nullptr;
       base_ = w.take<float>(slots * C);
       total_ = w.take<float>(slots * C);
       out_ = w.take<float>(slots * width_ * C);
@@ -359,12 +228,12 @@ class Worker {
         store_dwords(k_ + place(j, d, depth_), line, int(std::min<int64_t>(L, (depth_ - d) / G)));
       }
     }
-    prefetch<0>(v, p_.v.stride(1), std::min<int64_t>(kStep, keys), p_.width);
-    for (int64_t at = 0; at < padded; at += kStep) {
-      if (at + kStep < keys)
-        prefetch<0>(v + (at + kStep) * p_.v.stride(1), p_.v.stride(1), std::min<int64_t>(kStep, keys - at - kStep),
+    prefetch<0>(v, p_.v.stride(1), std::min<int64_t>(step_, keys), p_.width);
+    for (int64_t at = 0; at < padded; at += step_) {
+      if (at + step_ < keys)
+        prefetch<0>(v + (at + step_) * p_.v.stride(1), p_.v.stride(1), std::min<int64_t>(step_, keys - at - step_),
                     p_.width);
-      pack_values(v + at * p_.v.stride(1), keys - at, std::min<int64_t>(kStep, padded - at), v_ + at * width_);
+      pack_values(v + at * p_.v.stride(1), keys - at, std::min<int64_t>(step_, padded - at), v_ + at * width_);
     }
   }
 
@@ -390,7 +259,7 @@ class Worker {
           U rows[L];
           for (int i = 0; i < 16; ++i) rows[i] = group(j + 2 * i, c);
           transpose(rows);
-          for (int i = 0; i < 16; ++i) store_dwords(to + place(c + i, j, kStep), rows[i], 16);
+          for (int i = 0; i < 16; ++i) store_dwords(to + place(c + i, j, step_), rows[i], 16);
         }
       } else {
         const int n = int(std::min<int64_t>(L, p_.width - c));
@@ -398,7 +267,7 @@ class Worker {
       }
     }
     if constexpr (Engine::kTiles)
-      for (int64_t j = 0; j < padded && ones_; ++j) to[place(p_.width, j, kStep)] = {uint16_t(j < keys ? 0x3f80 : 0)};
+      for (int64_t j = 0; j < padded && ones_; ++j) to[place(p_.width, j, step_)] = {uint16_t(j < keys ? 0x3f80 : 0)};
   }
 
   // The block's queries as B of the first product, and their norms.
@@ -446,22 +315,22 @@ class Worker {
     const int64_t seen = std::min(keys, p_.visible(row_ + rows_ - 1) - at);
     float* out = out_ + slot_ * width_ * C;
     // Tiles are multiplied for a part of the next step's scores while the weights of a part of this one are made.
-    constexpr int kPart = Engine::kTiles ? 16 : kStep;
+    const int kPart = Engine::kTiles ? 16 : step_;
     const auto score = [&](int64_t j, int part) {
-      const int n = int(up(std::min<int64_t>(kStep, keys - j), Engine::kRows)) - part;
+      const int n = int(up(std::min<int64_t>(step_, keys - j), Engine::kRows)) - part;
       if (n > 0)
-        Engine::multiply(k_ + (j + part) * depth_, depth_, G, q_, scores_[j / kStep & 1] + part * C,
+        Engine::multiply(k_ + (j + part) * depth_, depth_, G, q_, scores_[j / step_ & 1] + part * C,
                          std::min(n, kPart), int(depth_), false, part > 0);
     };
-    for (int part = 0; Engine::kTiles && seen > 0 && part < kStep; part += kPart) score(0, part);
-    for (int64_t j = 0; j < seen; j += kStep) {
+    for (int part = 0; Engine::kTiles && seen > 0 && part < step_; part += kPart) score(0, part);
+    for (int64_t j = 0; j < seen; j += step_) {
       if (!Engine::kTiles) score(j, 0);
-      const int n = int(std::min<int64_t>(kStep, keys - j)), padded = int(up(n, kPad));
-      float* s = scores_[j / kStep & 1];
+      const int n = int(std::min<int64_t>(step_, keys - j)), padded = int(up(n, kPad));
+      float* s = scores_[j / step_ & 1];
       mask(s, at + j, n, padded);
       const float unit = p_.bias.has_value() ? 1.0f : unit_;
-      for (int part = 0; part < kStep; part += kPart) {
-        if (Engine::kTiles && j + kStep < seen) score(j + kStep, part);
+      for (int part = 0; part < step_; part += kPart) {
+        if (Engine::kTiles && j + step_ < seen) score(j + step_, part);
         if (part >= padded) continue;
         const int rows = std::min(kPart, padded - part);
         if (kind == Sweep::maxima)
@@ -472,7 +341,7 @@ class Worker {
       if (kind == Sweep::maxima) continue;
       const E* v = v_ + j * width_;
       if constexpr (Engine::kTiles)
-        Engine::multiply(v, kStep, G, weights(), out, int(width_), padded, started_[size_t(slot_)]);
+        Engine::multiply(v, step_, G, weights(), out, int(width_), padded, started_[size_t(slot_)]);
       else
         Engine::multiply(v, G, width_ * G, weights(), out, int(width_), padded, started_[size_t(slot_)]);
       started_[size_t(slot_)] = 1;
@@ -596,6 +465,7 @@ class Worker {
   const Problem& p_;
   int64_t depth_, width_;
   bool ones_;  // a row of V^T holds ones
+  int step_;   // keys of one step
   float unit_;
   int64_t stretch_ = 0, b_ = 0, h_ = 0, row_ = 0, slot_ = 0;
   int rows_ = 0;
