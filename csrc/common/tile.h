@@ -1,10 +1,10 @@
-// Small matrix products on packed operands, C (m x n) = or += A (m x k) B (k x n), as fast as the level allows.
+// Small matrix products, C (m x n) = or += A (m x k) B (k x n), as fast as the level allows. The n columns are one
+// engine's `kColumns`, so that a column is a lane of some vector in everything done between two products.
 //
-// A is row-major. B is packed in panels of adjacent columns, each whole in memory: in a panel that is w columns wide
-// and starts at column n0, with group g, element (k, n) lies at n0 * k_total + [(k / g) * w + n - n0] * g + k % g, so
-// that one vector load brings g values of k for each of its columns. C is fp32, row-major. m, n and k are padded by the
-// caller to the engine's kRows, kColumns and kDepth. What C held is added last, so that a long sum over many calls
-// rounds like a sum of blocks.
+// B is packed: element (k, n) lies at [(k / kGroup) * kColumns + n] * kGroup + k % kGroup, so that one vector load
+// brings kGroup values of k for each of its columns. A is read where it lies: kGroup values of k are adjacent, the next
+// row and the next group are `row` and `group` elements further (tiles need group == kGroup). C is fp32, row-major.
+// k is a multiple of kDepth, m of kRows. What C held is added last: a long sum then rounds like a sum of blocks.
 #pragma once
 
 #include "vec.h"
@@ -12,134 +12,99 @@
 namespace LDMFAST_LEVEL_NAMESPACE {
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kPanel = 4;  // vectors of C columns held in registers for each of kRows rows: 24 of 32 registers
+constexpr int kPanel = 4;  // vectors of C columns held in registers for each of six rows: 24 of 32 registers
 #else
 constexpr int kPanel = 2;  // 12 of 16 registers
 #endif
 
-// fp32 multiply-add, any level.
-struct Fma {
+// The dword that vector `v` at element `at` of B holds for each column, times the broadcast A.
+struct FmaStep {
   typedef float Element;
-  static constexpr int kRows = 6, kColumns = kLanes<float>, kDepth = 1, kGroup = 1, kBlockRows = 48, kWide = kPanel;
-  struct Scope {};
-
-  template <int vectors>
-  static void panel(const float* a, int lda, const float* b, float* c, int ldc, int m, int k, bool add) {
-    constexpr int L = kLanes<float>, ldb = vectors * L;
-    for (int i = 0; i < m; i += kRows, a += kRows * lda, c += kRows * ldc) {
-      F sum[kRows][vectors];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sum[r][v] = F{};
-      for (int d = 0; d < k; ++d) {
-        F column[vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) column[v] = load(b + d * ldb + v * L);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          const F x = splat(a[r * lda + d]);
-#pragma GCC unroll 4
-          for (int v = 0; v < vectors; ++v) sum[r][v] += x * column[v];
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          float* to = c + r * ldc + v * L;
-          store(to, add ? load(to) + sum[r][v] : sum[r][v]);
-        }
-    }
-  }
-  static void multiply(const float* a, int lda, const float* b, float* c, int ldc, int m, int n, int k, bool add);
+  static F load_columns(const float* b) { return load(b); }
+  static F splat_row(const float* a) { return splat(*a); }
+  static F step(F sum, F x, F column) { return sum + x * column; }
 };
-
 #if defined(__AVX512BF16__)
-// bf16 pairs with fp32 sums (VDPBF16PS).
-struct Dot {
+struct DotStep {
   typedef bf16 Element;
-  static constexpr int kRows = 6, kColumns = 16, kDepth = 2, kGroup = 2, kBlockRows = 48, kWide = kPanel;
-  struct Scope {};
-
-  template <int vectors>
-  static void panel(const bf16* a, int lda, const bf16* b, float* c, int ldc, int m, int k, bool add) {
-    constexpr int ldb = vectors * 16;
-    for (int i = 0; i < m; i += kRows, a += kRows * lda, c += kRows * ldc) {
-      __m512 sum[kRows][vectors];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sum[r][v] = _mm512_setzero_ps();
-      for (int d = 0; d < k; d += 2) {
-        __m512bh column[vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v)
-          column[v] = (__m512bh)_mm512_loadu_si512((const void*)(b + d * ldb + v * 32));
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          int pair;
-          std::memcpy(&pair, a + r * lda + d, 4);
-          const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-          for (int v = 0; v < vectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x, column[v]);
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          float* to = c + r * ldc + v * 16;
-          store(to, add ? load(to) + (F)sum[r][v] : (F)sum[r][v]);
-        }
-    }
+  static __m512i load_columns(const bf16* b) { return _mm512_loadu_si512((const void*)b); }
+  static __m512i splat_row(const bf16* a) {
+    int pair;
+    std::memcpy(&pair, static_cast<const void*>(a), 4);
+    return _mm512_set1_epi32(pair);
   }
-  static void multiply(const bf16* a, int lda, const bf16* b, float* c, int ldc, int m, int n, int k, bool add);
+  static F step(F sum, __m512i x, __m512i column) {
+    return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)column);
+  }
 };
 #endif
 
-// Calls f(first column, width) for each panel of n columns; widths are equal, so that none is too narrow to hide
-// the latency of its sums.
-template <class Engine, class Fn>
-inline void for_panels(int n, const Fn& f) {
-  constexpr int L = Engine::kColumns, wide = Engine::kWide;
-  for (int at = 0, left = n / L; left > 0;) {
-    const int panels = (left + wide - 1) / wide, width = (left + panels - 1) / panels;
-    f(at, width * L);
-    at += width * L;
-    left -= width;
-  }
-}
+// Vector engines: up to six rows by kPanel vectors of sums in registers.
+template <class Step, int group_size>
+struct Vectors {
+  typedef typename Step::Element Element;
+  static constexpr int kGroup = group_size, kDepth = group_size, kRows = 1, kColumns = kPanel * kLanes<float>;
+  static constexpr bool kTiles = false;
+  struct Scope {};
 
-template <class Engine>
-inline void by_panels(const typename Engine::Element* a, int lda, const typename Engine::Element* b, float* c, int ldc,
-                      int m, int n, int k, bool add) {
-  for_panels<Engine>(n, [&](int at, int width) {
-    const auto* panel = b + at * k;
-    float* to = c + at;
-    switch (width / Engine::kColumns) {
-      case 1: return Engine::template panel<1>(a, lda, panel, to, ldc, m, k, add);
-      case 2: return Engine::template panel<2>(a, lda, panel, to, ldc, m, k, add);
-      case 3: return Engine::template panel<kPanel < 3 ? 1 : 3>(a, lda, panel, to, ldc, m, k, add);
-      default: return Engine::template panel<kPanel < 4 ? 1 : 4>(a, lda, panel, to, ldc, m, k, add);
+  template <int rows>
+  static void block(const Element* a, int64_t row, int64_t group, const Element* b, float* c, int k, bool add) {
+    constexpr int L = kLanes<float>;
+    F sum[rows][kPanel];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanel; ++v) sum[r][v] = F{};
+    for (int d = 0; d < k; d += kGroup, a += group, b += kColumns * kGroup) {
+      decltype(Step::load_columns(b)) column[kPanel];
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanel; ++v) column[v] = Step::load_columns(b + v * L * kGroup);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const auto x = Step::splat_row(a + r * row);
+#pragma GCC unroll 4
+        for (int v = 0; v < kPanel; ++v) sum[r][v] = Step::step(sum[r][v], x, column[v]);
+      }
     }
-  });
-}
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanel; ++v) {
+        float* to = c + r * kColumns + v * L;
+        store(to, add ? load(to) + sum[r][v] : sum[r][v]);
+      }
+  }
 
-inline void Fma::multiply(const float* a, int lda, const float* b, float* c, int ldc, int m, int n, int k, bool add) {
-  by_panels<Fma>(a, lda, b, c, ldc, m, n, k, add);
-}
+  static void multiply(const Element* a, int64_t row, int64_t group, const Element* b, float* c, int m, int k,
+                       bool add, bool = false) {
+    for (int blocks = (m + 5) / 6; blocks > 0; --blocks) {  // equal blocks: a short one does not hide its latency
+      const int rows = (m + blocks - 1) / blocks;
+      switch (rows) {
+        case 1: block<1>(a, row, group, b, c, k, add); break;
+        case 2: block<2>(a, row, group, b, c, k, add); break;
+        case 3: block<3>(a, row, group, b, c, k, add); break;
+        case 4: block<4>(a, row, group, b, c, k, add); break;
+        case 5: block<5>(a, row, group, b, c, k, add); break;
+        default: block<6>(a, row, group, b, c, k, add); break;
+      }
+      m -= rows;
+      a += rows * row;
+      c += rows * kColumns;
+    }
+  }
+};
+
+typedef Vectors<FmaStep, 1> Fma;  // fp32 multiply-add, any level
 #if defined(__AVX512BF16__)
-inline void Dot::multiply(const bf16* a, int lda, const bf16* b, float* c, int ldc, int m, int n, int k, bool add) {
-  by_panels<Dot>(a, lda, b, c, ldc, m, n, k, add);
-}
+typedef Vectors<DotStep, 2> Dot;  // bf16 pairs with fp32 sums (VDPBF16PS)
 #endif
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
-// bf16 tiles of 16 rows by 64 bytes (TDPBF16PS): two by two tiles of C, two of A, two of B.
+// bf16 tiles of 16 rows by 64 bytes with fp32 sums (TDPBF16PS).
 struct Amx {
   typedef bf16 Element;
-  static constexpr int kRows = 32, kColumns = 16, kDepth = 32, kGroup = 2, kBlockRows = 64, kWide = 2;
+  static constexpr int kGroup = 2, kDepth = 32, kRows = 16, kColumns = 32;
+  static constexpr bool kTiles = true;
 
   struct Scope {  // tile shapes belong to the thread
     Scope() {
@@ -155,48 +120,78 @@ struct Amx {
     Scope& operator=(const Scope&) = delete;
   };
 
-  template <bool two_columns>
-  static void block(const bf16* a, int lda, const bf16* b, float* c, int ldc, int k, bool add) {
-    constexpr int ldb = two_columns ? 32 : 16, b_bytes = ldb * 4;
-    const int c_bytes = ldc * 4, a_bytes = lda * 2;
-    if (add) {
-      _tile_loadd(0, c, c_bytes);
-      _tile_loadd(1, c + 16 * ldc, c_bytes);
-      if (two_columns) {
-        _tile_loadd(2, c + 16, c_bytes);
-        _tile_loadd(3, c + 16 * ldc + 16, c_bytes);
+  // As assembly, because the compilers' intrinsics do not say that a tile load reads memory.
+  template <int t>
+  static void load_tile(const void* from, int64_t bytes) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(bytes), "i"(t) : "memory");
+  }
+  template <int t>
+  static void store_tile(void* to, int64_t bytes) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(bytes), "i"(t) : "memory");
+  }
+  template <int c, int a, int b>
+  static void dot() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
+  }
+  template <int t>
+  static void begin(const float* c, bool add) {
+    if (add)
+      load_tile<t>(c, kColumns * 4);
+    else
+      asm volatile("tilezero %%tmm%c0" ::"i"(t));
+  }
+
+  static constexpr int64_t kBytes = kColumns * 4;           // of a row of C, or of a group of B
+  static constexpr int64_t kStepB = 16 * kColumns * 2;      // elements of B from one tile to the next in k
+
+  // k = 32 * steps, steps <= 2: B stays in tiles 4 to 7; a tile of C is stored while the next one is summed.
+  template <int steps>
+  static void short_sums(const bf16* a, int64_t row, const bf16* b, float* c, int m, bool add, bool held) {
+    if (!held) {
+      load_tile<4>(b, kBytes);
+      load_tile<6>(b + 32, kBytes);
+      if (steps > 1) {
+        load_tile<5>(b + kStepB, kBytes);
+        load_tile<7>(b + kStepB + 32, kBytes);
       }
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
     }
-    for (int d = 0; d < k; d += 32) {
-      _tile_loadd(4, a + d, a_bytes);
-      _tile_loadd(5, a + 16 * lda + d, a_bytes);
-      _tile_loadd(6, b + d * ldb, b_bytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 5, 6);
-      if (two_columns) {
-        _tile_loadd(7, b + d * ldb + 32, b_bytes);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
+    for (int i = 0; i < m; i += 16, a += 16 * row, c += 16 * kColumns) {
+      load_tile<2>(a, 64);
+      if (steps > 1) load_tile<3>(a + 512, 64);
+      begin<0>(c, add);
+      dot<0, 2, 4>();
+      if (i > 0) store_tile<1>(c - 16 * kColumns + 16, kBytes);
+      if (steps > 1) dot<0, 3, 5>();
+      begin<1>(c + 16, add);
+      dot<1, 2, 6>();
+      store_tile<0>(c, kBytes);
+      if (steps > 1) dot<1, 3, 7>();
+    }
+    store_tile<1>(c - 16 * kColumns + 16, kBytes);
+  }
+
+  static void long_sums(const bf16* a, int64_t row, const bf16* b, float* c, int m, int k, bool add) {
+    for (int i = 0; i < m; i += 16, a += 16 * row, c += 16 * kColumns) {
+      begin<0>(c, add);
+      begin<1>(c + 16, add);
+      const bf16* column = b;
+      for (int d = 0; d < k; d += 32, column += kStepB) {
+        load_tile<2>(a + d * 16, 64);
+        load_tile<4>(column, kBytes);
+        dot<0, 2, 4>();
+        load_tile<5>(column + 32, kBytes);
+        dot<1, 2, 5>();
       }
-    }
-    _tile_stored(0, c, c_bytes);
-    _tile_stored(1, c + 16 * ldc, c_bytes);
-    if (two_columns) {
-      _tile_stored(2, c + 16, c_bytes);
-      _tile_stored(3, c + 16 * ldc + 16, c_bytes);
+      store_tile<0>(c, kBytes);
+      store_tile<1>(c + 16, kBytes);
     }
   }
 
-  static void multiply(const bf16* a, int lda, const bf16* b, float* c, int ldc, int m, int n, int k, bool add) {
-    for_panels<Amx>(n, [&](int at, int width) {
-      for (int i = 0; i < m; i += 32)
-        (width == 32 ? block<true> : block<false>)(a + i * lda, lda, b + at * k, c + i * ldc + at, ldc, k, add);
-    });
+  static void multiply(const bf16* a, int64_t row, int64_t, const bf16* b, float* c, int m, int k, bool add,
+                       bool held = false) {
+    if (k == 32) return short_sums<1>(a, row, b, c, m, add, held);
+    if (k == 64) return short_sums<2>(a, row, b, c, m, add, held);
+    long_sums(a, row, b, c, m, k, add);
   }
 };
 #endif

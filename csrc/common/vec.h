@@ -178,6 +178,53 @@ inline void store(T* p, Vector<Acc<T>> v, int n) {
   std::memcpy(static_cast<void*>(p), buffer, size_t(n) * sizeof(T));
 }
 
+// ---- dwords ----
+
+// The first n of as many dwords as a vector has; the others are zero.
+inline U load_dwords(const void* p, int n) {
+#if defined(__AVX512F__)
+  return (U)_mm512_maskz_loadu_epi32(__mmask16((1u << n) - 1), p);
+#else
+  U v{};
+  std::memcpy(&v, p, size_t(n) * 4);
+  return v;
+#endif
+}
+inline void store_dwords(void* p, U v, int n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_epi32(p, __mmask16((1u << n) - 1), (__m512i)v);
+#else
+  std::memcpy(p, &v, size_t(n) * 4);
+#endif
+}
+
+// Lane j of row i becomes lane i of row j.
+inline void transpose(U (&rows)[kLanes<float>]) {
+#if defined(__AVX512F__)
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 4
+  for (int s = 1; s < 16; s *= 2) {  // exchanges the off-diagonal blocks of s x s in blocks of 2s x 2s
+    const __m512i bit = _mm512_set1_epi32(s);
+    const __mmask16 odd = _mm512_test_epi32_mask(lane, bit);
+    const __m512i low = _mm512_mask_add_epi32(lane, odd, lane, _mm512_set1_epi32(16 - s));
+    const __m512i high = _mm512_add_epi32(low, bit);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i)
+      if (!(i & s)) {
+        const __m512i a = (__m512i)rows[i], b = (__m512i)rows[i + s];
+        rows[i] = (U)_mm512_permutex2var_epi32(a, low, b);
+        rows[i + s] = (U)_mm512_permutex2var_epi32(a, high, b);
+      }
+  }
+#else
+  constexpr int L = kLanes<float>;
+  uint32_t cells[L][L];
+  for (int i = 0; i < L; ++i)
+    for (int j = 0; j < L; ++j) cells[j][i] = rows[i][j];
+  std::memcpy(static_cast<void*>(rows), cells, sizeof cells);
+#endif
+}
+
 // ---- arithmetic ----
 
 inline float sum(F v) {

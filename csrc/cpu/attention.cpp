@@ -1,21 +1,31 @@
-// attention: softmax(scale * q k^T + bias) v with a running softmax (Milakov and Gimelshein 2018; Dao et al. 2022).
+// attention: softmax(scale * q k^T + bias) v, one visit of every key (Dao et al. 2022), queries as vector lanes.
 //
-// A task is a block of queries of one head. Keys and values are packed for the tile products once per head and
-// thread, in stretches that fit the second-level cache; a stretch is then visited by all query blocks of the thread.
-// The order in which a query meets its keys is fixed, so a result depends neither on threads nor on the batch.
+// A task is a block of queries of one head. For a step of keys it makes S^T = K Q^T, the weights P^T = 2^(S^T - base)
+// and O^T += V^T P^T, so that each query is one lane: no sum or maximum ever runs across lanes, K is read as it is and
+// neither depth nor width is padded where the engine does not need it.
+//
+// `base` shifts the exponents of a query's weights. Any base gives the same quotient as long as nothing overflows and
+// the weights that matter stay normal numbers, and those range over 2^+-126 in fp32 as in bf16. So there is no running
+// maximum and nothing is rescaled: |q . k| <= |q| max|k| (Cauchy and Schwarz) bounds the scores beforehand, and base
+// is that bound less 60. Should the largest weights of a query turn out too small after all (its sum tells), or should
+// the bound not be a number of reasonable size, the block is done again with the true maximum, found in a sweep of its
+// own. The base depends on the query and its head alone, so a result depends neither on threads nor on the batch.
 #include <algorithm>
-#include <memory>
 
 #include "common/dispatch.h"
 #include "common/stable.h"
 #include "common/tile.h"
+#include "common/weights.h"
+#include "common/workspace.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
 namespace {
 
-constexpr int kKeys = 128;                  // keys of one softmax update
-constexpr int64_t kStretchBytes = 1 << 19;  // packed keys and values kept in the second-level cache
+constexpr int64_t kStretchBytes = 1 << 20;  // packed keys and values that stay in the second-level cache
+constexpr int64_t kAhead = 16;              // rows between a prefetch and its use
 constexpr float kLog2e = 1.44269504f;
+constexpr float kHeadroom = 60;     // log2 of the largest weight that the bound allows
+constexpr float kBoundLimit = 16384;  // up to here a base is a whole number to 1/128, as weigh_tiles needs
 const float kNone = -std::numeric_limits<float>::infinity();
 
 struct Problem {
@@ -35,310 +45,442 @@ struct Problem {
   }
 };
 
-inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+// ---- packing ----
 
-// 2^x; `terms` of the polynomial: 3 gives 8e-5 (for weights that are rounded to bf16), 5 gives 1e-7.
-template <int terms>
-inline F exp2(F x) {
-#if defined(__AVX512F__)
-  const __m512 y = (__m512)max(splat(-150.0f), x);  // NaN stays
-  const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const F r = (F)_mm512_sub_ps(y, whole);
-#else
-  const F bounded = x < -126.0f ? splat(-126.0f) : x;
-  I n;
-  const F r = bounded - nearest(bounded, n);
-#endif
-  F p;
-  if constexpr (terms == 3) {
-    p = splat(0.0551710650f) * r + 0.2426120340f;
-    p = p * r + 0.6932611465f;
-    p = p * r + 0.9999279976f;
-  } else {
-    p = splat(0.0013264667f) * r + 0.0096715363f;
-    p = p * r + 0.0555073373f;
-    p = p * r + 0.2402224243f;
-    p = p * r + 0.6931470037f;
-    p = p * r + 1.0f;
-  }
-#if defined(__AVX512F__)
-  return (F)_mm512_scalef_ps((__m512)p, whole);
-#else
-  const F y = p * power_of_two(n);
-  return x < -126.0f ? F{} : (x == x ? y : x);
-#endif
-}
-
-inline float exp2_of(float x) { return exp2<5>(splat(x))[0]; }
-
-inline void put(bf16* to, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  to->bits = x == x ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : uint16_t(bits >> 16 | 0x40);
-}
-// Weights of two vectors, as the second product wants them.
-inline void put_weights(float* to, F a, F b) {
-  store(to, a);
-  store(to + kLanes<float>, b);
-}
-inline void put_weights(bf16* to, F a, F b) {
-#if defined(__AVX512BF16__)
-  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-  std::memcpy(static_cast<void*>(to), &both, sizeof both);
-#else
-  store(to, a);
-  store(to + kLanes<float>, b);
-#endif
-}
-
-// n adjacent elements as E, then zeroes up to `padded`.
+// `n` numbers as groups of E, one group a dword: one fp32, or two bf16.
 template <class E, class T>
-inline void copy_row(const T* from, int64_t n, E* to, int64_t padded) {
-  if constexpr (std::is_same_v<E, T>)
-    std::memcpy(static_cast<void*>(to), from, size_t(n) * sizeof(E));
-  else if constexpr (std::is_same_v<E, float>) {
-    int64_t c = 0;
-    for (; c + kLanes<float> <= n; c += kLanes<float>) store(to + c, load(from + c));
-    for (; c < n; ++c) to[c] = to_float(from[c]);
+inline U line_of(const T* from, int n) {
+  if constexpr (std::is_same_v<E, float>) {
+    return (U)(n >= kLanes<float> ? load(from) : load(from, n));
   } else {
-    for (int64_t c = 0; c < n; ++c) put(to + c, to_float(from[c]));
+#if defined(__AVX512F__)
+    return (U)_mm512_maskz_loadu_epi16(n >= 32 ? ~__mmask32(0) : __mmask32((1u << n) - 1), from);
+#endif
   }
-  std::memset(static_cast<void*>(to + n), 0, size_t(padded - n) * sizeof(E));
+}
+#if defined(__AVX512F__)
+inline H load_halves(const bf16* from, int n) {
+  return (H)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), from);
+}
+inline void store_halves(bf16* to, U v, int n) {
+  _mm512_mask_storeu_epi16(to, n >= 32 ? ~__mmask32(0) : __mmask32((1u << n) - 1), (__m512i)v);
+}
+#endif
+inline F square(U line, const float*) { return (F)line * (F)line; }
+inline F square(U line, const bf16*) {
+  const F low = (F)(line << 16), high = (F)(line & 0xffff0000u);
+  return low * low + high * high;
 }
 
-// Packs B (tile.h) from rows of T, `stride` apart: element (k, n) is column k of row n. Sixteen rows at a time, first
-// brought to E, then read in columns of `group` elements.
-template <class Engine, class T>
-void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t columns, typename Engine::Element* to,
-                     int64_t depth, int64_t n) {
-  typedef typename Engine::Element E;
-  typedef std::conditional_t<sizeof(E) * Engine::kGroup == 4, uint32_t, E> Unit;
-  constexpr int g = Engine::kGroup;
-  const int64_t units = depth / g;
-  std::vector<E> lines(size_t(16 * depth));
-  for_panels<Engine>(int(n), [&](int at, int width) {
-    for (int r0 = 0; r0 < width; r0 += 16) {
-      const int count = std::min(16, width - r0);
-      for (int r = 0; r < count; ++r)
-        copy_row(from + (at + r0 + r) * stride, at + r0 + r < rows ? columns : 0, &lines[size_t(r * depth)], depth);
-      for (int64_t u = 0; u < units; ++u) {
-        Unit line[16];
-        for (int r = 0; r < count; ++r) std::memcpy(&line[r], &lines[size_t(r * depth + u * g)], sizeof(Unit));
-        std::memcpy(static_cast<void*>(to + at * depth + (u * width + r0) * g), line, size_t(count) * sizeof(Unit));
-      }
-    }
-  });
-}
-
-// Packs B from rows of T: element (k, n) is column n of row k.
-template <class Engine, class T>
-void pack_values(const T* from, int64_t stride, int64_t rows, int64_t columns, typename Engine::Element* to,
-                 int64_t depth, int64_t n) {
-  typedef typename Engine::Element E;
-  constexpr int g = Engine::kGroup;
-  std::vector<E> lines(size_t(g * n));
-  for (int64_t k = 0; k < depth; k += g) {
-    for (int i = 0; i < g; ++i)
-      copy_row(from + (k + i) * stride, k + i < rows ? columns : 0, &lines[size_t(i * n)], n);
-    for_panels<Engine>(int(n), [&](int at, int width) {
-      E* line = to + at * depth + k * width;
-      for (int c = 0; c < width; ++c)
-        for (int i = 0; i < g; ++i) line[c * g + i] = lines[size_t(i * n + at + c)];
-    });
+// Asks for `rows` rows of n numbers, `stride` apart: heads lie far apart in memory, and no hardware prefetches that.
+template <int write, class T>
+inline void prefetch(const T* from, int64_t stride, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const char *at = reinterpret_cast<const char*>(from + r * stride), *end = at + n * int64_t(sizeof(T));
+    for (; at < end; at += 64) __builtin_prefetch(at, write, 3);
+    __builtin_prefetch(end - 1, write, 3);
   }
 }
 
 template <class Engine>
 class Worker {
   typedef typename Engine::Element E;
-  static constexpr bool kSplit = !std::is_same_v<E, float>;  // weights live apart from the fp32 scores
-  static constexpr int kTerms = kSplit ? 3 : 5, L = kLanes<float>;
+  static constexpr int G = Engine::kGroup, C = Engine::kColumns, L = kLanes<float>;
+  static constexpr bool kSplit = G > 1;  // weights are not fp32 and live apart from the scores
+  static constexpr int kPad = std::max(Engine::kRows, Engine::kDepth);  // keys are packed in multiples of this
+  enum class Sweep { bounded, maxima, exact };  // with the bound as base; finding the maxima; with those as base
 
  public:
-  static constexpr int kRows = Engine::kBlockRows;
+  static constexpr int kQueries = C;
 
   explicit Worker(const Problem& p)
       : p_(p),
         depth_(up(p.depth, Engine::kDepth)),
-        width_(up(p.width, Engine::kColumns)),
-        stretch_(std::max<int64_t>(kKeys, kStretchBytes / int64_t(sizeof(E)) / (depth_ + width_) / kKeys * kKeys)) {
-    stretch_ = std::min(stretch_, up(p.keys, kKeys));
-    k_.reset(new E[size_t(stretch_ * depth_)]);
-    v_.reset(new E[size_t(stretch_ * width_)]);
-    q_.reset(new E[size_t(kRows * depth_)]);
-    scores_.reset(new float[size_t(kRows * kKeys)]);
-    if (kSplit) weights_.reset(new E[size_t(kRows * kKeys)]);
+        width_(up(p.width, Engine::kRows)),
+        ones_(width_ > p.width),
+        step_(Engine::kTiles && width_ <= 128 ? 64 : 128),  // measured: tiles want the scores in the first-level cache
+        unit_(std::max(float(std::abs(p.scale)) * kLog2e, 1e-30f)) {  // not 0: -inf must stay
+    const int64_t fit = kStretchBytes / int64_t(sizeof(E)) / (depth_ + width_) / step_ * step_;
+    stretch_ = std::min(std::max<int64_t>(fit, step_), up(p.keys, step_));
   }
+  ~Worker() { workspace().shrink(); }
 
   // Query blocks [first, last) of one head.
   template <class T>
   void run(int64_t b, int64_t h, int64_t first, int64_t last, T* out) {
     const bool whole = p_.keys <= stretch_;  // then a block of queries is finished before the next begins
     reserve(whole ? 1 : last - first);
+    b_ = b;
+    h_ = h;
     const int64_t kv = h / (p_.heads / p_.kv_heads);
     const T* k = data<T>(p_.k) + b * p_.k.stride(0) + kv * p_.k.stride(2);
     const T* v = data<T>(p_.v) + b * p_.v.stride(0) + kv * p_.v.stride(2);
     const T* q = data<T>(p_.q) + b * p_.q.stride(0) + h * p_.q.stride(2);
-    const int64_t seen = p_.visible(std::min(last * kRows, p_.queries) - 1);
-    for (int64_t at = 0; at < seen; at += stretch_) {
-      const int64_t keys = std::min(stretch_, seen - at);
-      pack(k + at * p_.k.stride(1), v + at * p_.v.stride(1), keys);
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t row = i * kRows, rows = std::min<int64_t>(kRows, p_.queries - row);
-        if (!whole && p_.visible(row + rows - 1) <= at) continue;
-        for (int64_t r = 0; r < up(rows, Engine::kRows); ++r)
-          copy_row(q + (row + r) * p_.q.stride(1), r < rows ? p_.depth : 0, &q_[size_t(r * depth_)], depth_);
-        visit(b, h, row, int(rows), at, keys, whole ? 0 : i - first);
-        if (!whole) continue;
-        finish(b, h, row, 0, out);
-        restart();
+    const int64_t seen = p_.visible(std::min(last * C, p_.queries) - 1);
+    longest_ = longest(k);
+    int64_t packed = -1;
+    const auto sweep = [&](Sweep kind, int64_t from, int64_t to) {
+      for (int64_t at = 0; at < seen; at += stretch_) {
+        const int64_t keys = std::min(stretch_, seen - at);
+        if (packed != at) pack(k + at * p_.k.stride(1), v + at * p_.v.stride(1), keys);
+        packed = at;
+        for (int64_t i = from; i < to; ++i) {
+          slot_ = i - from;
+          row_ = i * C;
+          rows_ = int(std::min<int64_t>(C, p_.queries - row_));
+          if (kind != Sweep::bounded && !again_[size_t(slot_)]) continue;
+          pack_queries(q);
+          if (whole && row_ + C < p_.queries)
+            prefetch<0>(q + (row_ + C) * p_.q.stride(1), p_.q.stride(1), std::min<int64_t>(C, p_.queries - row_ - C),
+                        p_.depth);
+          if (whole) prefetch<1>(out_row(out, row_), p_.heads * p_.width, rows_, p_.width);
+          if (at == 0) start(kind);
+          if (kind != Sweep::bounded || !again_[size_t(slot_)]) visit(kind, at, keys);
+        }
       }
+    };
+    for (int64_t from = first; from < last;) {
+      const int64_t to = whole ? from + 1 : last;
+      std::fill(again_.begin(), again_.end(), char(0));
+      std::fill(started_.begin(), started_.end(), char(0));
+      sweep(Sweep::bounded, from, to);
+      bool again = false;
+      for (slot_ = 0; slot_ < to - from; ++slot_) again |= distrusted((from + slot_) * C);
+      if (again) {
+        sweep(Sweep::maxima, from, to);
+        sweep(Sweep::exact, from, to);
+      }
+      for (slot_ = 0; slot_ < to - from; ++slot_) finish((from + slot_) * C, out);
+      from = to;
     }
-    if (!whole || seen == 0)
-      for (int64_t i = first; i < last; ++i) finish(b, h, i * kRows, whole ? 0 : i - first, out);
   }
 
  private:
-  void reserve(int64_t blocks) {
-    const size_t rows = size_t(blocks * kRows);
-    if (rows > top_.size()) {
-      top_.resize(rows);
-      total_.resize(rows * size_t(L));
-      out_.reset(new float[rows * size_t(width_)]);
-    }
-    started_.resize(size_t(blocks));
-    restart();
+  static Workspace& workspace() {
+    static thread_local Workspace kept;
+    return kept;
   }
 
-  void restart() {
-    std::fill(top_.begin(), top_.end(), kNone);
-    std::fill(total_.begin(), total_.end(), 0.0f);
-    std::fill(started_.begin(), started_.end(), char(0));
+  void reserve(int64_t slots) {
+    if (slots <= int64_t(started_.size())) return;
+    started_.resize(size_t(slots));
+    again_.resize(size_t(slots));
+    Workspace& w = workspace();
+    w.lay_out([&] {
+      k_ = w.take<E>(stretch_ * depth_);
+      v_ = w.take<E>(stretch_ * width_);
+      q_ = w.take<E>(depth_ * C);
+      scores_[0] = w.take<float>(step_ * C);
+      scores_[1] = Engine::kTiles ? w.take<float>(step_ * C) : scores_[0];
+      weights_ = kSplit ? w.take<E>(step_ * C) : nullptr;
+      base_ = w.take<float>(slots * C);
+      total_ = w.take<float>(slots * C);
+      out_ = w.take<float>(slots * width_ * C);
+    });
   }
 
   template <class T>
-  void pack(const T* k, const T* v, int64_t keys) {
-    for (int64_t at = 0; at < keys; at += kKeys) {
-      const int64_t n = std::min<int64_t>(kKeys, keys - at), padded = padded_keys(n);
-      pack_transposed<Engine>(k + at * p_.k.stride(1), p_.k.stride(1), n, p_.depth, &k_[size_t(at * depth_)], depth_,
-                              padded);
-      pack_values<Engine>(v + at * p_.v.stride(1), p_.v.stride(1), n, p_.width, &v_[size_t(at * width_)], padded,
-                          width_);
-    }
-  }
-
-  static int64_t padded_keys(int64_t n) { return up(n, std::max(2 * L, Engine::kDepth)); }
-
-  // All keys of the stretch that starts at key `at`, for one block of queries.
-  void visit(int64_t b, int64_t h, int64_t row, int rows, int64_t at, int64_t keys, int64_t slot) {
-    const int m = int(up(rows, Engine::kRows));
-    float* out = &out_[size_t(slot * kRows * width_)];
-    for (int64_t j = 0; j < keys && at + j < p_.visible(row + rows - 1); j += kKeys) {
-      const int n = int(std::min<int64_t>(kKeys, keys - j)), padded = int(padded_keys(n));
-      Engine::multiply(q_.get(), int(depth_), &k_[size_t(j * depth_)], scores_.get(), kKeys, m, padded, int(depth_),
-                       false);
-      const bool masked = mask(b, h, row, rows, at + j, n, padded);
-      for (int r = 0; r < rows; ++r) update(r, padded, masked ? 1.0f : float(p_.scale) * kLog2e, slot);
-      Engine::multiply(weights(), kKeys, &v_[size_t(j * width_)], out, int(width_), m, int(width_), padded,
-                       started_[size_t(slot)]);
-      started_[size_t(slot)] = 1;
-    }
+  T* out_row(T* out, int64_t row) const {
+    return out + ((b_ * p_.queries + row) * p_.heads + h_) * p_.width;
   }
 
   E* weights() {
     if constexpr (kSplit)
-      return weights_.get();
+      return weights_;
     else
-      return scores_.get();
+      return scores_[0];
   }
 
-  // Hides what is not to be seen and adds the bias. Returns whether the scores are now in units of ln 2.
-  bool mask(int64_t b, int64_t h, int64_t row, int rows, int64_t key, int n, int padded) {
-    const bool hides = p_.visible(row) < key + n;
-    const bool scaled = p_.bias.has_value() || hides || p_.scale <= 0;
-    if (!scaled) {
-      for (int r = 0; r < rows && n < padded; ++r)
-        std::fill(&scores_[size_t(r * kKeys + n)], &scores_[size_t(r * kKeys)] + padded, kNone);
-      return false;
-    }
-    for (int r = 0; r < rows; ++r) {
-      float* line = &scores_[size_t(r * kKeys)];
-      for (int j = 0; j < n; ++j) line[j] *= float(p_.scale) * kLog2e;
-      if (p_.bias.has_value()) add_bias(line, b, h, row + r, key, n);
-      const int64_t seen = std::max<int64_t>(0, std::min<int64_t>(n, p_.visible(row + r) - key));
-      for (int64_t j = seen; j < padded; ++j) line[j] = kNone;
-    }
-    return true;
+  // Where A has element (row, k), of `depth` columns: row-major, or by whole tiles.
+  static int64_t place(int64_t row, int64_t k, int64_t depth) {
+    if (!Engine::kTiles) return row * depth + k;
+    return row / 16 * 16 * depth + k / 32 * 512 + row % 16 * 32 + k % 32;
   }
 
-  void add_bias(float* line, int64_t b, int64_t h, int64_t row, int64_t key, int n) const {
+  // The largest norm of a key; NaN or infinite if one of them is.
+  template <class T>
+  float longest(const T* k) const {
+    float longest = 0;
+    for (int64_t j = 0; j < p_.keys; ++j, k += p_.k.stride(1)) {
+      if (j + kAhead < p_.keys) prefetch<0>(k + kAhead * p_.k.stride(1), 0, 1, p_.depth);
+      F squares{};
+      int64_t d = 0;
+      for (; d + L <= p_.depth; d += L) squares += load(k + d) * load(k + d);
+      if (d < p_.depth) {
+        const F x = load(k + d, int(p_.depth - d));
+        squares += x * x;
+      }
+      const float norm = sum(squares);
+      longest = norm <= longest ? longest : norm;
+      if (norm != norm) break;
+    }
+    return std::sqrt(longest);
+  }
+
+  template <class T>
+  void pack(const T* k, const T* v, int64_t keys) {
+    const int64_t padded = up(keys, kPad);
+    for (int64_t j = 0; j < padded; ++j) {
+      if (j + kAhead < keys) prefetch<0>(k + (j + kAhead) * p_.k.stride(1), 0, 1, p_.depth);
+      for (int64_t d = 0; d < depth_; d += L * G) {
+        const int64_t n = j < keys ? std::min<int64_t>(L * G, p_.depth - d) : 0;
+        const U line = n > 0 ? line_of<E>(k + j * p_.k.stride(1) + d, int(n)) : U{};
+        store_dwords(k_ + place(j, d, depth_), line, int(std::min<int64_t>(L, (depth_ - d) / G)));
+      }
+    }
+    prefetch<0>(v, p_.v.stride(1), std::min<int64_t>(step_, keys), p_.width);
+    for (int64_t at = 0; at < padded; at += step_) {
+      if (at + step_ < keys)
+        prefetch<0>(v + (at + step_) * p_.v.stride(1), p_.v.stride(1), std::min<int64_t>(step_, keys - at - step_),
+                    p_.width);
+      pack_values(v + at * p_.v.stride(1), keys - at, std::min<int64_t>(step_, padded - at), v_ + at * width_);
+    }
+  }
+
+  // One step of values as A of the second product: in groups of keys by columns, or by rows of keys for tiles. Where
+  // the tiles have rows to spare, one holds ones: its product is the sum of the weights.
+  template <class T>
+  void pack_values(const T* v, int64_t keys, int64_t padded, E* to) const {
+    const int64_t stride = p_.v.stride(1);
+    const auto group = [&](int64_t j, int64_t c) {  // L columns of keys j to j + G
+      const int n = int(std::min<int64_t>(L, p_.width - c));
+      if constexpr (kSplit) {
+        const auto half = [&](int64_t i) {
+          return i < keys ? __builtin_convertvector(load_halves(v + i * stride + c, n), U) : U{};
+        };
+        return half(j) | half(j + 1) << 16;
+      } else {
+        return j < keys ? line_of<E>(v + j * stride + c, n) : U{};
+      }
+    };
+    for (int64_t c = 0; c < p_.width; c += L) {
+      if constexpr (Engine::kTiles) {
+        for (int64_t j = 0; j < padded; j += 32) {
+          U rows[L];
+          for (int i = 0; i < 16; ++i) rows[i] = group(j + 2 * i, c);
+          transpose(rows);
+          for (int i = 0; i < 16; ++i) store_dwords(to + place(c + i, j, step_), rows[i], 16);
+        }
+      } else {
+        const int n = int(std::min<int64_t>(L, p_.width - c));
+        for (int64_t j = 0; j < padded; j += G) store_dwords(to + (j * width_ / G + c) * G, group(j, c), n);
+      }
+    }
+    if constexpr (Engine::kTiles)
+      for (int64_t j = 0; j < padded && ones_; ++j) to[place(p_.width, j, step_)] = {uint16_t(j < keys ? 0x3f80 : 0)};
+  }
+
+  // The block's queries as B of the first product, and their norms.
+  template <class T>
+  void pack_queries(const T* q) {
+    const int64_t stride = p_.q.stride(1), units = depth_ / G;
+    const U flip = U{} + (p_.scale < 0 ? (kSplit ? 0x80008000u : 0x80000000u) : 0u);
+    for (int t = 0; t < C; t += L) {
+      F squares{};
+      for (int64_t u = 0; u < units; u += L) {
+        const int n = int(std::min<int64_t>(L * G, p_.depth - u * G));
+        U rows[L];
+        for (int i = 0; i < L; ++i)
+          rows[i] = t + i < rows_ && n > 0 ? line_of<E>(q + (row_ + t + i) * stride + u * G, n) ^ flip : U{};
+        transpose(rows);
+        for (int i = 0; i < L && u + i < units; ++i) {
+          squares += square(rows[i], q_);
+          store_dwords(q_ + ((u + i) * C + t) * G, rows[i], L);
+        }
+      }
+      store(norms_ + t, squares);
+    }
+  }
+
+  // Before a block meets its first key.
+  void start(Sweep kind) {
+    float *base = base_ + slot_ * C, *total = total_ + slot_ * C;
+    started_[size_t(slot_)] = 0;
+    std::fill(total, total + C, 0.0f);
+    if (kind == Sweep::maxima) std::fill(base, base + C, kNone);
+    if (kind == Sweep::exact)
+      for (int i = 0; i < C; ++i) base[i] = base[i] == kNone ? 0.0f : std::nearbyint(base[i]);
+    if (kind != Sweep::bounded) return;
+    bool tame = true;
+    for (int i = 0; i < C; ++i) {
+      const float bound = std::sqrt(norms_[i]) * (longest_ * unit_ * 1.001f);
+      tame &= bound <= kBoundLimit || i >= rows_;
+      base[i] = bound <= kBoundLimit ? float(int(bound)) - kHeadroom : 0.0f;
+    }
+    again_[size_t(slot_)] = !tame;
+  }
+
+  // All keys of the stretch that starts at key `at`, for one block of queries.
+  void visit(Sweep kind, int64_t at, int64_t keys) {
+    const int64_t seen = std::min(keys, p_.visible(row_ + rows_ - 1) - at);
+    float* out = out_ + slot_ * width_ * C;
+    // Tiles are multiplied for a part of the next step's scores while the weights of a part of this one are made.
+    const int kPart = Engine::kTiles ? 16 : step_;
+    const auto score = [&](int64_t j, int part) {
+      const int n = int(up(std::min<int64_t>(step_, keys - j), Engine::kRows)) - part;
+      if (n > 0)
+        Engine::multiply(k_ + (j + part) * depth_, depth_, G, q_, scores_[j / step_ & 1] + part * C,
+                         std::min(n, kPart), int(depth_), false, part > 0);
+    };
+    for (int part = 0; Engine::kTiles && seen > 0 && part < step_; part += kPart) score(0, part);
+    for (int64_t j = 0; j < seen; j += step_) {
+      if (!Engine::kTiles) score(j, 0);
+      const int n = int(std::min<int64_t>(step_, keys - j)), padded = int(up(n, kPad));
+      float* s = scores_[j / step_ & 1];
+      mask(s, at + j, n, padded);
+      const float unit = p_.bias.has_value() ? 1.0f : unit_;
+      for (int part = 0; part < step_; part += kPart) {
+        if (Engine::kTiles && j + step_ < seen) score(j + step_, part);
+        if (part >= padded) continue;
+        const int rows = std::min(kPart, padded - part);
+        if (kind == Sweep::maxima)
+          raise(s + part * C, rows, unit);
+        else
+          weigh(kind, s + part * C, weights() + part * C, rows, unit);
+      }
+      if (kind == Sweep::maxima) continue;
+      const E* v = v_ + j * width_;
+      if constexpr (Engine::kTiles)
+        Engine::multiply(v, step_, G, weights(), out, int(width_), padded, started_[size_t(slot_)]);
+      else
+        Engine::multiply(v, G, width_ * G, weights(), out, int(width_), padded, started_[size_t(slot_)]);
+      started_[size_t(slot_)] = 1;
+    }
+  }
+
+  // Adds the bias, then also scaled and in units of ln 2, and hides what is not to be seen.
+  void mask(float* s, int64_t key, int n, int padded) const {
+    if (p_.bias.has_value()) add_bias(s, key, n);
+    if (p_.visible(row_) < key + n) {
+      float seen[C];
+      for (int i = 0; i < C; ++i) seen[i] = float(p_.visible(row_ + std::min(i, rows_ - 1)) - key);
+      for (int j = 0; j < n; ++j)
+        for (int i = 0; i < C; ++i) s[j * C + i] = float(j) < seen[i] ? s[j * C + i] : kNone;
+    }
+    std::fill(s + n * C, s + padded * C, kNone);
+  }
+
+  void add_bias(float* s, int64_t key, int n) const {
     const Tensor& t = *p_.bias;
     const auto step = [&](int64_t d, int64_t i) { return t.size(d) == 1 ? 0 : i * t.stride(d); };
-    const int64_t at = step(0, b) + step(1, h) + step(2, row) + step(3, key), next = step(3, 1);
+    const int64_t down = step(2, 1), right = step(3, 1);
     dispatch(t, [&](auto tag) {
-      const auto* from = data<decltype(tag)>(t) + at;
-      for (int j = 0; j < n; ++j) line[j] += float(to_float(from[j * next])) * kLog2e;
+      const auto* from = data<decltype(tag)>(t) + step(0, b_) + step(1, h_) + row_ * down + key * right;
+      for (int j = 0; j < n; ++j)
+        for (int i = 0; i < C; ++i)
+          s[j * C + i] = s[j * C + i] * unit_ +
+                         (i < rows_ ? float(to_float(from[i * down + j * right])) * kLog2e : 0.0f);
       return 0;
     });
   }
 
-  // One row: new maximum, weights, running sum; scales what was summed before if the maximum rose.
-  void update(int r, int padded, float unit, int64_t slot) {
-    const size_t index = size_t(slot * kRows + r);
-    float* line = &scores_[size_t(r * kKeys)];
-    F highest = load(line);
-    for (int j = L; j < padded; j += L) highest = max(highest, load(line + j));
-    const float old = top_[index], now = std::max(old, max(highest) * unit);
-    const float base = now == kNone ? 0.0f : now;
-    F total = load(&total_[index * size_t(L)]);
-    if (now > old && old != kNone) {
-      const float shrink = exp2_of(old - base);
-      total *= shrink;
-      float* out = &out_[index * size_t(width_)];
-      for (int64_t c = 0; c < width_; c += L) store(out + c, load(out + c) * shrink);
+  void raise(const float* s, int padded, float unit) {
+    float* base = base_ + slot_ * C;
+    for (int t = 0; t < C; t += L) {
+      F top = load(base + t);
+      for (int j = 0; j < padded; ++j) top = max(load(s + j * C + t) * unit, top);
+      store(base + t, top);
     }
-    top_[index] = now;
-    E* to = weights() + r * kKeys;
-    for (int j = 0; j < padded; j += 2 * L) {
-      const F a = exp2<kTerms>(load(line + j) * unit - base), b = exp2<kTerms>(load(line + j + L) * unit - base);
-      total += a + b;
-      put_weights(to + j, a, b);
+  }
+
+  void weigh(Sweep kind, float* s, E* weights, int padded, float unit) {
+    const float* base = base_ + slot_ * C;
+    float* total = total_ + slot_ * C;
+#if defined(__AMX_BF16__)
+    if constexpr (Engine::kTiles)
+      if (kind == Sweep::bounded && !p_.bias.has_value())
+        return weigh_tiles(s, weights, padded, base, unit, ones_ ? nullptr : total);
+#endif
+    for (int t = 0; t < C; t += L) {
+      const Weights weight(unit, load(base + t));
+      F sum{};  // of this step: a sum of sums rounds less
+      for (int j = 0; j < padded; j += G) {
+        float* from = s + j * C + t;
+        if constexpr (kSplit) {
+          const F a = weight.rough(load(from)), b = weight.rough(load(from + C));
+          sum += a + b;
+          store_dwords(weights + (j * C + t * G), pair_rounded(a, b), L);
+        } else {
+          const F a = weight.exact(load(from));
+          sum += a;
+          store(from, a);
+        }
+      }
+      store(total + t, load(total + t) + sum);
     }
-    store(&total_[index * size_t(L)], total);
+  }
+
+  const float* totals() const { return ones_ ? out_ + (slot_ * width_ + p_.width) * C : total_ + slot_ * C; }
+
+  // Whether the weights were too small or too large for the sums to be exact: such a block is done again.
+  bool distrusted(int64_t row) {
+    const int rows = int(std::min<int64_t>(C, p_.queries - row));
+    bool fine = started_[size_t(slot_)] && !again_[size_t(slot_)];
+    if (fine) {
+      const float* total = totals();
+      for (int i = 0; i < rows; ++i) fine &= total[i] >= 0x1p-100f && total[i] <= 0x1p80f;
+    }
+    again_[size_t(slot_)] = !fine;
+    return !fine;
   }
 
   template <class T>
-  void finish(int64_t b, int64_t h, int64_t row, int64_t slot, T* out) {
-    const int64_t rows = std::min<int64_t>(kRows, p_.queries - row), w = p_.width;
-    for (int64_t r = 0; r < rows; ++r) {
-      const size_t index = size_t(slot * kRows + r);
-      const float total = sum(load(&total_[index * size_t(L)]));
-      const float inverse = total == 0 ? 0.0f : 1 / total;
-      const float* from = &out_[index * size_t(width_)];
-      T* to = out + ((b * p_.queries + row + r) * p_.heads + h) * w;
-      if (!started_[size_t(slot)]) {
-        std::fill(to, to + w, T{});
-        continue;
+  void finish(int64_t row, T* out) {
+    const int64_t w = p_.width, stride = p_.heads * w;
+    const int rows = int(std::min<int64_t>(C, p_.queries - row));
+    T* const to = out_row(out, row);
+    if (!started_[size_t(slot_)]) {
+      for (int r = 0; r < rows; ++r) std::fill(to + r * stride, to + r * stride + w, T{});
+      return;
+    }
+    const float *total = totals(), *from = out_ + slot_ * width_ * C;
+    constexpr int g = std::is_same_v<T, bf16> && kSplit ? 2 : 1;  // columns in a dword
+    for (int t = 0; t < rows; t += L) {
+      const F sum = load(total + t), inverse = sum == 0 ? F{} : 1 / sum;
+      for (int64_t c = 0; c < w; c += L * g) {
+        U lines[L];
+        for (int i = 0; i < L; ++i) {
+          const int64_t at = c + i * g;
+          const auto row_of = [&](int64_t k) { return k < w ? load(from + k * C + t) * inverse : F{}; };
+          if constexpr (g == 2)
+            lines[i] = pair_rounded(row_of(at), row_of(at + 1));
+          else
+            lines[i] = (U)row_of(at);
+        }
+        transpose(lines);
+        const int n = int(std::min<int64_t>(L * g, w - c));
+        for (int i = 0; i < std::min(L, rows - t); ++i) {
+          T* line = to + (t + i) * stride + c;
+          if constexpr (g == 2)
+            store_halves(line, lines[i], n);
+          else if (n == L)
+            store(line, (F)lines[i]);
+          else
+            store(line, (F)lines[i], n);
+        }
       }
-      int64_t c = 0;
-      for (; c + L <= w; c += L) store(to + c, load(from + c) * inverse);
-      if (c < w) store(to + c, load(from + c) * inverse, int(w - c));
     }
   }
 
   const Problem& p_;
-  int64_t depth_, width_, stretch_;
-  std::unique_ptr<E[]> k_, v_, q_, weights_;
-  std::unique_ptr<float[]> scores_, out_;
-  std::vector<float> top_, total_;
-  std::vector<char> started_;
+  int64_t depth_, width_;
+  bool ones_;  // a row of V^T holds ones
+  int step_;   // keys of one step
+  float unit_;
+  int64_t stretch_ = 0, b_ = 0, h_ = 0, row_ = 0, slot_ = 0;
+  int rows_ = 0;
+  float longest_ = 0;
+  float norms_[C];
+  E *k_ = nullptr, *v_ = nullptr, *q_ = nullptr, *weights_ = nullptr;
+  float *scores_[2] = {}, *base_ = nullptr, *total_ = nullptr, *out_ = nullptr;
+  std::vector<char> started_, again_;
   [[maybe_unused]] typename Engine::Scope scope_;
 };
 
 template <class Engine, class T>
-void run_tiled(const Problem& p, T* out) {
+void run_blocks(const Problem& p, T* out) {
   typedef Worker<Engine> W;
-  const int64_t blocks = (p.queries + W::kRows - 1) / W::kRows;
+  const int64_t blocks = (p.queries + W::kQueries - 1) / W::kQueries;
   parallel_for(0, p.batch * p.heads * blocks, 1, [&](int64_t begin, int64_t end) {
     W worker(p);
     for (int64_t task = begin; task < end;) {
@@ -410,9 +552,9 @@ Tensor attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Opt
   Tensor out = empty_in(q, {p.batch, p.queries, p.heads, p.width}, false);
   if (p.batch * p.queries * p.heads * p.width == 0) return out;
   switch (q.scalar_type()) {
-    case ScalarType::BFloat16: run_tiled<Bf16Engine>(p, mutable_data<bf16>(out)); break;
-    case ScalarType::Half: run_tiled<Fma>(p, mutable_data<f16>(out)); break;
-    case ScalarType::Float: run_tiled<Fma>(p, mutable_data<float>(out)); break;
+    case ScalarType::BFloat16: run_blocks<Bf16Engine>(p, mutable_data<bf16>(out)); break;
+    case ScalarType::Half: run_blocks<Fma>(p, mutable_data<f16>(out)); break;
+    case ScalarType::Float: run_blocks<Fma>(p, mutable_data<float>(out)); break;
     case ScalarType::Double: run_double(p, mutable_data<double>(out)); break;
     default: LDMFAST_CHECK(false, "attention takes float32, bfloat16, float16 and float64");
   }

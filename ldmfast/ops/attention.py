@@ -76,13 +76,15 @@ def cost(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, cau
 def cases() -> Iterator[Case]:
     def make(b: int, tq: int, tk: int, h: int, d: int, *, kv_heads: int | None = None, causal: bool = False,
              block: int = 1, bias: tuple[int, ...] | None = None, layout: str = "contiguous",
-             packed: bool = False, masked: bool = False, spread: float = 1.0):
+             packed: bool = False, masked: bool = False, spread: float = 1.0, apart: float = 0.0):
         def draw(r: Draw) -> tuple:
             if packed:
                 q, k, v = r.normal(b, tq, 3, h, d).unbind(2)
             else:
                 q = r.normal(b, tq, h, d, layout=layout, scale=spread)
                 k, v = (r.normal(b, tk, kv_heads or h, d, layout=layout) for _ in range(2))
+            if apart:  # every score far below what the norms of q and k allow
+                q, k = q + apart, k - apart
             extra = None if bias is None else r.normal(*bias)
             if extra is not None and masked:
                 extra[..., 1, :] = -math.inf
@@ -110,6 +112,12 @@ def cases() -> Iterator[Case]:
     yield case("bias_keys_masked_row", "", make(2, 40, 50, 2, 48, bias=(2, 1, 40, 50), masked=True))
     yield case("bias_causal", "ragged", make(1, 37, 37, 2, 24, bias=(1, 2, 1, 37), causal=True))
     yield case("sharp", "", make(1, 70, 130, 2, 64, spread=20.0))
+    for width in (8, 31, 47, 65, 72):
+        yield case(f"cross_77x{width}", "ragged", make(1, 50, 77, 2, width))
+    yield case("one_key", "ragged", make(2, 70, 1, 2, 24))
+    yield case("keys_129", "ragged", make(1, 33, 129, 2, 40))
+    yield case("far_below_the_bound", "", make(1, 70, 200, 2, 64, apart=5.0))
+    yield case("far_below_in_two_stretches", "", make(1, 70, 1100, 1, 512, apart=2.0))
     yield case("ragged", "ragged", make(1, 61, 67, 3, 13))
     yield case("one_token", "ragged", make(2, 1, 1, 1, 1))
     yield case("misaligned", "view", make(2, 19, 21, 2, 40, layout="view"))

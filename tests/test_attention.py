@@ -1,0 +1,76 @@
+"""attention beyond the row's cases: what is not a number, and queries that need the second sweep beside such that
+do not. The kernel shifts its weights by a bound on the scores and falls back to the true maximum."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldmfast import ops
+
+sys.path.insert(0, str(Path(__file__).parent))
+import parity
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def inputs(dtype, tokens=70, keys=90, heads=2, width=40):
+    g = torch.Generator().manual_seed(5)
+    return [torch.randn(1, n, heads, width, generator=g).to(dtype) for n in (tokens, keys, keys)]
+
+
+def close(out, q, k, v, scale=None, causal=False):
+    row, args = ops.ROWS["attention"], (q, k, v, None, q.shape[3] ** -0.5 if scale is None else scale, causal, 1)
+    exact = row.reference(*parity.cast(args, torch.float64))
+    assert float((out.double() - exact).abs().max()) <= parity.allowed(row, args, q.dtype, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_query_spoils_itself_alone(dtype, bad):
+    q, k, v = inputs(dtype)
+    clean = q.clone()
+    q[0, 40, 1, 3] = bad
+    out = ops.attention(q, k, v)
+    assert torch.isnan(out[0, 40, 1]).all()
+    out[0, 40, 1] = ops.attention(clean, k, v)[0, 40, 1]
+    close(out, clean, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("which", ["key", "value"])
+def test_a_bad_key_or_value_spoils_its_head_alone(dtype, which):
+    q, k, v = inputs(dtype)
+    clean = [k.clone(), v.clone()]
+    (k if which == "key" else v)[0, 77, 0] = float("nan")
+    out = ops.attention(q, k, v)
+    assert torch.isnan(out[:, :, 0]).all()
+    close(out[:, :, 1:], q[:, :, 1:], clean[0][:, :, 1:], clean[1][:, :, 1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_queries_far_below_the_bound_beside_ordinary_ones(dtype):
+    q, k, v = inputs(dtype, tokens=130, width=64)
+    k -= 5.0
+    q[:, ::3] += 5.0  # scores of about -200, where |q| |k| allows 200
+    close(ops.attention(q, k, v), q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_huge_scores_pick_one_key(dtype):
+    q, k, v = inputs(dtype, keys=65)
+    k.zero_()
+    k[:, 31, :, 0] = 200.0
+    q[..., 0] = 200.0 * torch.sign(q[..., 0])
+    close(ops.attention(q, k, v, scale=40.0), q, k, v, scale=40.0)  # 1.6e6: no bound is used
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_scale_of_either_sign(dtype, scale):
+    q, k, v = inputs(dtype)
+    out = ops.attention(q, k, v, scale=scale, causal=True)
+    close(out, q, k, v, scale, True)
