@@ -12,9 +12,8 @@
 // own. The base depends on the query and its head alone, so a result depends neither on threads nor on the batch.
 #include <algorithm>
 
-#include "common/dispatch.h"
-#include "common/stable.h"
-#include "common/tile.h"
+#include "common/attention_problem.h"
+#include "common/pack.h"
 #include "common/weights.h"
 #include "common/workspace.h"
 
@@ -27,60 +26,6 @@ constexpr float kLog2e = 1.44269504f;
 constexpr float kHeadroom = 60;     // log2 of the largest weight that the bound allows
 constexpr float kBoundLimit = 16384;  // up to here a base is a whole number to 1/128, as weigh_tiles needs
 const float kNone = -std::numeric_limits<float>::infinity();
-
-struct Problem {
-  const Tensor &q, &k, &v;
-  const OptionalTensor& bias;
-  double scale;
-  bool causal;
-  int64_t block;
-  int64_t batch = q.size(0), queries = q.size(1), heads = q.size(2), depth = q.size(3);
-  int64_t keys = k.size(1), kv_heads = k.size(2), width = v.size(3);
-
-  // How many keys query i sees under the causal mask.
-  int64_t visible(int64_t i) const {
-    if (!causal) return keys;
-    const int64_t at = i + keys - queries;
-    return at < 0 ? 0 : std::min(keys, (at / block + 1) * block);
-  }
-};
-
-// ---- packing ----
-
-// `n` numbers as groups of E, one group a dword: one fp32, or two bf16.
-template <class E, class T>
-inline U line_of(const T* from, int n) {
-  if constexpr (std::is_same_v<E, float>) {
-    return (U)(n >= kLanes<float> ? load(from) : load(from, n));
-  } else {
-#if defined(__AVX512F__)
-    return (U)_mm512_maskz_loadu_epi16(n >= 32 ? ~__mmask32(0) : __mmask32((1u << n) - 1), from);
-#endif
-  }
-}
-#if defined(__AVX512F__)
-inline H load_halves(const bf16* from, int n) {
-  return (H)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), from);
-}
-inline void store_halves(bf16* to, U v, int n) {
-  _mm512_mask_storeu_epi16(to, n >= 32 ? ~__mmask32(0) : __mmask32((1u << n) - 1), (__m512i)v);
-}
-#endif
-inline F square(U line, const float*) { return (F)line * (F)line; }
-inline F square(U line, const bf16*) {
-  const F low = (F)(line << 16), high = (F)(line & 0xffff0000u);
-  return low * low + high * high;
-}
-
-// Asks for `rows` rows of n numbers, `stride` apart: heads lie far apart in memory, and no hardware prefetches that.
-template <int write, class T>
-inline void prefetch(const T* from, int64_t stride, int64_t rows, int64_t n) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const char *at = reinterpret_cast<const char*>(from + r * stride), *end = at + n * int64_t(sizeof(T));
-    for (; at < end; at += 64) __builtin_prefetch(at, write, 3);
-    __builtin_prefetch(end - 1, write, 3);
-  }
-}
 
 template <class Engine>
 class Worker {
@@ -316,21 +261,22 @@ class Worker {
     float* out = out_ + slot_ * width_ * C;
     // Tiles are multiplied for a part of the next step's scores while the weights of a part of this one are made.
     const int kPart = Engine::kTiles ? 16 : step_;
-    const auto score = [&](int64_t j, int part) {
+    int turn = 0;  // which of the two score buffers holds this step
+    const auto score = [&](int64_t j, int part, int buffer) {
       const int n = int(up(std::min<int64_t>(step_, keys - j), Engine::kRows)) - part;
       if (n > 0)
-        Engine::multiply(k_ + (j + part) * depth_, depth_, G, q_, scores_[j / step_ & 1] + part * C,
+        Engine::multiply(k_ + (j + part) * depth_, depth_, G, q_, scores_[buffer] + part * C,
                          std::min(n, kPart), int(depth_), false, part > 0);
     };
-    for (int part = 0; Engine::kTiles && seen > 0 && part < step_; part += kPart) score(0, part);
+    for (int part = 0; Engine::kTiles && seen > 0 && part < step_; part += kPart) score(0, part, 0);
     for (int64_t j = 0; j < seen; j += step_) {
-      if (!Engine::kTiles) score(j, 0);
+      if (!Engine::kTiles) score(j, 0, 0);
       const int n = int(std::min<int64_t>(step_, keys - j)), padded = int(up(n, kPad));
-      float* s = scores_[j / step_ & 1];
+      float* s = scores_[turn];
       mask(s, at + j, n, padded);
       const float unit = p_.bias.has_value() ? 1.0f : unit_;
       for (int part = 0; part < step_; part += kPart) {
-        if (Engine::kTiles && j + step_ < seen) score(j + step_, part);
+        if (Engine::kTiles && j + step_ < seen) score(j + step_, part, turn ^ 1);
         if (part >= padded) continue;
         const int rows = std::min(kPart, padded - part);
         if (kind == Sweep::maxima)
@@ -338,6 +284,7 @@ class Worker {
         else
           weigh(kind, s + part * C, weights() + part * C, rows, unit);
       }
+      turn ^= Engine::kTiles;
       if (kind == Sweep::maxima) continue;
       const E* v = v_ + j * width_;
       if constexpr (Engine::kTiles)
@@ -487,51 +434,6 @@ void run_blocks(const Problem& p, T* out) {
       const int64_t head = task / blocks, stop = std::min(end, (head + 1) * blocks);
       worker.run(head / p.heads, head % p.heads, task - head * blocks, stop - head * blocks, out);
       task = stop;
-    }
-  });
-}
-
-// fp64, for tests and scores of small models: one query at a time.
-void run_double(const Problem& p, double* out) {
-  const auto at = [](const Tensor& t, int64_t b, int64_t i, int64_t h) {
-    return data<double>(t) + b * t.stride(0) + i * t.stride(1) + h * t.stride(2);
-  };
-  parallel_for(0, p.batch * p.queries * p.heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> weights(static_cast<size_t>(p.keys)), part(static_cast<size_t>(p.width + 1));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t h = task % p.heads, i = task / p.heads % p.queries, b = task / p.heads / p.queries;
-      const int64_t kv = h / (p.heads / p.kv_heads), seen = p.visible(i);
-      const double* q = at(p.q, b, i, h);
-      double top = -std::numeric_limits<double>::infinity(), total = 0;
-      for (int64_t j = 0; j < seen; ++j) {
-        const double* k = at(p.k, b, j, kv);
-        double score = 0;
-        for (int64_t d = 0; d < p.depth; ++d) score += q[d] * k[d];
-        score *= p.scale;
-        if (p.bias.has_value()) {
-          const Tensor& t = *p.bias;
-          const int64_t index[4] = {b, h, i, j};
-          int64_t offset = 0;
-          for (int d = 0; d < 4; ++d) offset += t.size(d) == 1 ? 0 : index[d] * t.stride(d);
-          score += dispatch(t, [&](auto tag) { return double(to_float(data<decltype(tag)>(t)[offset])); });
-        }
-        weights[size_t(j)] = score;
-        top = std::max(top, score);
-      }
-      double* to = out + task * p.width;
-      std::fill(to, to + p.width, 0.0);
-      if (top == -std::numeric_limits<double>::infinity()) continue;
-      for (int64_t first = 0; first < seen; first += 64) {  // sums of blocks round less than one long sum
-        std::fill(part.begin(), part.end(), 0.0);
-        for (int64_t j = first; j < std::min(seen, first + 64); ++j) {
-          const double w = std::exp(weights[size_t(j)] - top), *v = at(p.v, b, j, kv);
-          part.back() += w;
-          for (int64_t d = 0; d < p.width; ++d) part[size_t(d)] += w * v[d];
-        }
-        total += part.back();
-        for (int64_t d = 0; d < p.width; ++d) to[d] += part[size_t(d)];
-      }
-      for (int64_t d = 0; d < p.width; ++d) to[d] /= total;
     }
   });
 }

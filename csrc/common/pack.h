@@ -1,0 +1,43 @@
+// Rows of tensors on their way into packed operands.
+#pragma once
+
+#include "vec.h"
+
+namespace LDMFAST_LEVEL_NAMESPACE {
+
+// `n` numbers as groups of E, one group a dword: one fp32, or two bf16.
+template <class E, class T>
+inline U line_of(const T* from, int n) {
+  if constexpr (std::is_same_v<E, float>) {
+    return (U)(n >= kLanes<float> ? load(from) : load(from, n));
+  } else {
+#if defined(__AVX512F__)
+    return (U)_mm512_maskz_loadu_epi16(n >= 32 ? ~__mmask32(0) : __mmask32((1u << n) - 1), from);
+#endif
+  }
+}
+#if defined(__AVX512F__)
+inline H load_halves(const bf16* from, int n) {
+  return (H)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), from);
+}
+inline void store_halves(bf16* to, U v, int n) {
+  _mm512_mask_storeu_epi16(to, n >= 32 ? ~__mmask32(0) : __mmask32((1u << n) - 1), (__m512i)v);
+}
+#endif
+inline F square(U line, const float*) { return (F)line * (F)line; }
+inline F square(U line, const bf16*) {
+  const F low = (F)(line << 16), high = (F)(line & 0xffff0000u);
+  return low * low + high * high;
+}
+
+// Asks for `rows` rows of n numbers, `stride` apart: heads lie far apart in memory, and no hardware prefetches that.
+template <int write, class T>
+inline void prefetch(const T* from, int64_t stride, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const char *at = reinterpret_cast<const char*>(from + r * stride), *end = at + n * int64_t(sizeof(T));
+    for (; at < end; at += 64) __builtin_prefetch(at, write, 3);
+    __builtin_prefetch(end - 1, write, 3);
+  }
+}
+
+}  // namespace LDMFAST_LEVEL_NAMESPACE
