@@ -93,7 +93,8 @@ inline bool cpu_has(Level level) {
     case Level::avx512: return avx512;
     case Level::avx512_bf16: return bf16;
     case Level::amx:
-      return bf16 && (saved & 0x60000) == 0x60000 && bit(seven.d, 22) && bit(seven.d, 24) && bit(seven.d, 25) &&
+      return bf16 && (saved & 0x60000) == 0x60000 && bit(seven.c, 1) &&  // avx512_vbmi, which weights.h uses
+             bit(seven.d, 22) && bit(seven.d, 24) && bit(seven.d, 25) &&
              may_use_tiles();
     case Level::neon: return false;
   }

@@ -42,14 +42,14 @@ static py::dict build_facts() {
 }
 
 // glibc takes every block above 32 MiB fresh from the kernel and gives it back at once: its pages are then faulted in and
-// cleared anew at each use, which costs more than what an op does with them. Blocks up to half a GiB come from the heap
-// instead, which keeps up to 1 GiB that is free. Nothing is changed where the user has set malloc up himself.
+// cleared anew at each use, which costs more than what an op does with them. Blocks up to 64 MiB, which a UNet's are, come
+// from the heap instead, which keeps up to 512 MiB that is free; larger ones would leave holes as large in it. Nothing is
+// changed where the user has set malloc up himself.
 static bool keep_freed_memory() {
 #if defined(__GLIBC__)
   for (const char* name : {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"})
     if (std::getenv(name) != nullptr) return false;
-  static const bool done = (mallopt(M_MMAP_THRESHOLD, 512 << 20) != 0 || mallopt(M_MMAP_MAX, 0) != 0) &&
-                           mallopt(M_TRIM_THRESHOLD, 1 << 30) != 0;
+  static const bool done = mallopt(M_MMAP_THRESHOLD, 64 << 20) != 0 && mallopt(M_TRIM_THRESHOLD, 512 << 20) != 0;
   return done;
 #else
   return false;

@@ -110,7 +110,7 @@ def kernel_module(name: str) -> ModuleType:
 
 
 def keep_freed_memory() -> None:
-    """Large blocks that the process frees are used again, up to 1 GiB, instead of being cleared anew by the kernel."""
+    """Blocks up to 64 MiB that the process frees are used again instead of being cleared anew by the kernel."""
     host = host_module()
     if host is not None:
         host.keep_freed_memory()
