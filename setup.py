@@ -37,7 +37,6 @@ LEVELS = {  # lowest first: the linker keeps the first copy of a shared inline f
     "aarch64": {"generic": "", "neon": "-march=armv8.2-a+fp16"}}
 LIBRARIES = {"cpu": "libldmfast_ops.so", "cuda": "libldmfast_cuda.so",
              "host": "_C" + sysconfig.get_config_var("EXT_SUFFIX")}
-DEPS = ["  depfile = $out.d", "  deps = gcc"]
 
 
 class Skip(Exception):
@@ -78,7 +77,7 @@ class Plan:
 
     def rule(self, name: str, command: str, compiles: bool = False) -> None:
         command += " -MMD -MF $out.d -c $in -o $out" if compiles else ""
-        self.text += [f"rule {name}", f"  command = {command}", *DEPS[: 2 * compiles]]
+        self.text += [f"rule {name}", f"  command = {command}", *["  depfile = $out.d", "  deps = gcc"][: 2 * compiles]]
 
     def add(self, out: str, rule: str, inputs: list[object], flags: str = "") -> str:
         self.text += [f"build {out}: {rule} {' '.join(map(str, inputs))}", f"  flags = {flags}"]
