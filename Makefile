@@ -6,10 +6,11 @@ SETUP  := $(VENV)/.setup
 DEV    := $(VENV)/.dev
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup demo test bench lint wheel clean
+.PHONY: help setup demo test sanitize bench lint wheel clean
 help:
 	@echo "make demo   set up $(VENV), build, and draw demo.png with the shipped model"
 	@echo "make test   set up and run the whole test suite (what CI runs)"
+	@echo "make sanitize  the op tests on a build with address and undefined-behaviour sanitizers"
 	@echo "make setup  only set up and build"
 	@echo "make bench  kernel micro-benchmarks against torch, with the share of the roofline"
 	@echo "make lint   ruff and mypy"
@@ -38,6 +39,11 @@ demo: $(SETUP)
 
 test: $(DEV)
 	$(BIN)/python -m pytest tests
+
+sanitize: $(DEV)
+	LDMFAST_SANITIZE=1 LDMFAST_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/sanitized
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    PYTHONPATH=build/sanitized $(BIN)/pytest tests/test_ops.py
 
 bench: $(DEV)
 	$(BIN)/python bench/ops.py

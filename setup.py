@@ -2,7 +2,7 @@
 error: the package then runs on its references, and ldmfast.info() repeats the reason.
 
 LDMFAST_CUDA=0|1: leave CUDA out, or insist on it (default: built where nvcc is found). LDMFAST_CUDA_ARCHS: default
-"80 90a 100a". LDMFAST_SANITIZE=1: address and undefined-behaviour sanitizers.
+"80 90a 100a". LDMFAST_SANITIZE=1: address and undefined-behaviour sanitizers; or the names of levels, these only.
 """
 
 import importlib.util
@@ -20,12 +20,12 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-KIND = "sanitize" if os.environ.get("LDMFAST_SANITIZE") == "1" else "native"
+KIND = "sanitize" if (ONLY := os.environ.get("LDMFAST_SANITIZE", "")) else "native"
 ARCHS = os.environ.get("LDMFAST_CUDA_ARCHS", "80 90a 100a")
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the oldest torch that the library serves: 2.10
 WARN = "-Wall -Wextra -Wno-attributes -Wno-maybe-uninitialized"  # the last two come from system headers
 PLAIN = "-O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast"
-SANITIZE = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+SANITIZE = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 V4, DOT = "-march=x86-64-v4 -mprefer-vector-width=512", "-mavx512bf16 -mavx512vnni"
 LEVELS = {  # lowest first: the linker keeps the first copy of a shared inline function (csrc/common/stable.h)
     "x86_64": {
@@ -35,9 +35,8 @@ LEVELS = {  # lowest first: the linker keeps the first copy of a shared inline f
         "avx512_bf16": f"{V4} {DOT}",
         "amx": f"{V4} {DOT} -mamx-tile -mamx-bf16 -mamx-int8"},
     "aarch64": {"generic": "", "neon": "-march=armv8.2-a+fp16"}}
-EXTENSION = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
-LIBRARIES = {"cpu": "libldmfast_ops.so", "cuda": "libldmfast_cuda.so", "host": EXTENSION}
-DEPS = ["  depfile = $out.d", "  deps = gcc"]
+LIBRARIES = {"cpu": "libldmfast_ops.so", "cuda": "libldmfast_cuda.so",
+             "host": "_C" + sysconfig.get_config_var("EXT_SUFFIX")}
 
 
 class Skip(Exception):
@@ -66,7 +65,8 @@ class Plan:
         self.include = f"-I{ROOT / 'csrc'} -isystem {torch / 'include'}"
         self.libtorch = f"-L{torch / 'lib'} -ltorch -ltorch_cpu -lc10"
         levels = LEVELS.get(platform.machine(), {"generic": ""})
-        self.levels = {name: flags for name, flags in levels.items() if self.takes(flags)}
+        wanted = levels if ONLY in ("", "1") else ONLY.split()
+        self.levels = {name: flags for name, flags in levels.items() if name in wanted and self.takes(flags)}
         self.have = " ".join(f"-DLDMFAST_HAVE_{name.upper()}" for name in self.levels)
         self.rule("cxx", f"{self.cxx} {self.flags} {self.include} $flags", compiles=True)
         self.rule("link", f"{self.cxx} {self.flags} -shared $in $flags -o $out")
@@ -77,7 +77,7 @@ class Plan:
 
     def rule(self, name: str, command: str, compiles: bool = False) -> None:
         command += " -MMD -MF $out.d -c $in -o $out" if compiles else ""
-        self.text += [f"rule {name}", f"  command = {command}", *DEPS[: 2 * compiles]]
+        self.text += [f"rule {name}", f"  command = {command}", *["  depfile = $out.d", "  deps = gcc"][: 2 * compiles]]
 
     def add(self, out: str, rule: str, inputs: list[object], flags: str = "") -> str:
         self.text += [f"build {out}: {rule} {' '.join(map(str, inputs))}", f"  flags = {flags}"]
@@ -93,7 +93,7 @@ class Plan:
     def host(self) -> None:
         flags = f"{self.have} '-DLDMFAST_CUDA_ARCHS=\"{ARCHS}\"' -DLDMFAST_SANITIZED={int(KIND != 'native')}"
         flags += f" -isystem {package_dir('pybind11') / 'include'} -isystem {sysconfig.get_paths()['include']}"
-        self.add(EXTENSION, "link", [self.add("module.o", "cxx", [ROOT / "csrc/host/module.cpp"], flags)])
+        self.add(LIBRARIES["host"], "link", [self.add("module.o", "cxx", [ROOT / "csrc/host/module.cpp"], flags)])
 
     def cuda(self) -> None:
         if os.environ.get("LDMFAST_CUDA") == "0":

@@ -122,6 +122,7 @@ def main() -> int:
                 for dtype in DTYPES if (text := failure(row, case, dtype))]
     live = {row.live("cpu") for row in ops.ROWS.values()}
     print("\n".join(failures) or f"all exact, live: {', '.join(sorted(live))}")
+    print(f"kernels from {ops.CPU_LIBRARY.path}")
     return bool(failures)
 
 
