@@ -17,7 +17,7 @@ import time
 
 import torch
 from arms import SD_VAE, random_model
-from ops import conditions, result_path, write
+from ops import conditions, write
 from tqdm import tqdm
 
 TILE = 64  # latents; diffusers' default for this VAE
@@ -68,7 +68,7 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         rows.append({"library": library, "kind": kind, "size": size, **json.loads(done.stdout.splitlines()[-1])})
     for row in rows:
-        print(f"{row['size']:5d} px  {row['library']:9s} {row['kind']:5s}  {row['mib']:8.1f} MiB  {row['seconds']:7.2f} s")
+        print("{size:5d} px  {library:9s} {kind:5s}  {mib:8.1f} MiB  {seconds:7.2f} s".format(**row))
     if not options.no_write:
         record = {**conditions("cpu"), "vae": "Stable Diffusion, bf16", "tile": TILE, "rows": rows}
         print(f"written to {write(record, 'vae-memory.json')}")
