@@ -43,7 +43,7 @@ test: $(DEV)
 sanitize: $(DEV)
 	LDMFAST_SANITIZE=1 LDMFAST_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/sanitized
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	    PYTHONPATH=build/sanitized $(BIN)/pytest tests/test_ops.py
+	    PYTHONPATH=build/sanitized $(BIN)/pytest -s tests/test_ops.py
 
 bench: $(DEV)
 	$(BIN)/python bench/ops.py

@@ -47,8 +47,8 @@ inline F quotient(F a, F b) {
 #if defined(__AVX512F__)
   const F r = (F)_mm512_rcp14_ps((__m512)b);
   if constexpr (rough) return a * r;
-  const F q = a * r;
-  return q + (a - q * b) * r;
+  const F q = a * r, rest = (F)_mm512_fnmadd_ps((__m512)q, (__m512)b, (__m512)a);  // exact only if fused
+  return q + rest * r;
 #elif defined(__AVX2__)
   if constexpr (rough) {
     const F r = (F)_mm256_rcp_ps((__m256)b);

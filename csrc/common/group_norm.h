@@ -161,9 +161,16 @@ void join_run(const T* x, int64_t n, Acc<T> shift, Moments& out, Acc<T>& least, 
 }
 
 template <class A>
-struct Affine {  // per picture and slot of a channel: y = x * gain + offset; least and largest x, if they were wanted
-  std::vector<A> gain, offset, lo, hi;
+struct Affine {  // per picture and slot of a channel; least and largest x, if they were wanted
+  std::vector<A> centre, gain, offset, lo, hi;
 };
+
+// y = (x - centre) * gain + offset. A rough T has centre 0: the rounding of x * gain is far below its own.
+template <class T, class V>
+inline V normalised(V x, V centre, V gain, V offset) {
+  if constexpr (kRough<T>) return x * gain + offset;
+  return (x - centre) * gain + offset;
+}
 
 template <class T>
 struct Normalisation {
@@ -178,7 +185,8 @@ struct Normalisation {
   template <bool ranged>
   Affine<A> affine() const {
     const size_t channels = size_t(shape.n * shape.c);
-    Affine<A> f{std::vector<A>(channels + L), std::vector<A>(channels + L), {}, {}};  // the last vector is read whole
+    const std::vector<A> zeros(channels + L);  // the last vector is read whole
+    Affine<A> f{zeros, zeros, zeros, {}, {}};
     if constexpr (ranged) {
       f.lo.assign(channels, std::numeric_limits<A>::infinity());
       f.hi.assign(channels, -std::numeric_limits<A>::infinity());
@@ -187,7 +195,7 @@ struct Normalisation {
     return f;
   }
 
-  // Hands act(x * gain + offset) to put(i), which puts a row away (pairs.h) from element i on, where `image` has it.
+  // Hands act(normalised x) to put(i), which puts a row away (pairs.h) from element i on, where `image` has it.
   template <class Act, class Put>
   void apply(const Affine<A>& f, const Image& image, const Act& act, const Put& put) const {
     last ? apply_channels_last(f, image, act, put) : apply_contiguous(f, act, put);
@@ -269,7 +277,8 @@ struct Normalisation {
         const double centre = m.mean - (shift.empty() ? 0.0 : double(shift[size_t(at)]));
         const size_t to = size_t(last ? at - c + slot<T>(c, shape.c) : at);
         f.gain[to] = A(double(w[size_t(c)]) * inverse);
-        f.offset[to] = A(double(b[size_t(c)]) - centre * double(f.gain[to]));
+        if (!kRough<T>) f.centre[to] = A(centre);
+        f.offset[to] = A(double(b[size_t(c)]) + (double(f.centre[to]) - centre) * double(f.gain[to]));
       }
     }
   }
@@ -281,7 +290,11 @@ struct Normalisation {
     parallel_for(0, s.n * count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = end; i-- > begin;) {  // backwards: what the first pass read last is still in the cache
         const int64_t n = i / count, first = i % count * piece(), stop = std::min(first + piece(), s.pixels);
-        const A *gain = &f.gain[size_t(n * s.c)], *offset = &f.offset[size_t(n * s.c)];
+        const A *centre = &f.centre[size_t(n * s.c)], *gain = &f.gain[size_t(n * s.c)];
+        const A* offset = &f.offset[size_t(n * s.c)];
+        const auto y = [&](V v, int64_t c) {
+          return act(normalised<T>(v, load(centre + c), load(gain + c), load(offset + c)));
+        };
         for (int64_t p = first, run; p < stop; p += run) {
           run = image.run(p, stop - p);
           const T* from = x + (n * s.pixels + p) * s.c;
@@ -291,12 +304,12 @@ struct Normalisation {
                 s.c,
                 [&](int64_t c, V& a, V& b) {
                   load_pair(from + c, a, b);
-                  a = act(a * load(gain + c) + load(offset + c));
-                  b = act(b * load(gain + c + L) + load(offset + c + L));
+                  a = y(a, c);
+                  b = y(b, c + L);
                 },
                 [&](int64_t c, int n) {
                   const V v = load_some(from + c, n);
-                  return act(v * load(gain + c) + load(offset + c));
+                  return y(v, c);
                 },
                 put(to));
         }
@@ -309,18 +322,20 @@ struct Normalisation {
     const int64_t pixels = shape.pixels;
     parallel_for(0, shape.n * shape.c, grain(pixels), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const V gain = splat(f.gain[size_t(i)]), offset = splat(f.offset[size_t(i)]);
+        const V centre = splat(f.centre[size_t(i)]), gain = splat(f.gain[size_t(i)]);
+        const V offset = splat(f.offset[size_t(i)]);
+        const auto y = [&](V v) { return act(normalised<T>(v, centre, gain, offset)); };
         const T* from = x + i * pixels;
         for_row<T>(
             pixels,
             [&](int64_t p, V& a, V& b) {
               load_pair(from + p, a, b);
-              a = act(a * gain + offset);
-              b = act(b * gain + offset);
+              a = y(a);
+              b = y(b);
             },
             [&](int64_t p, int n) {
               const V v = load_some(from + p, n);
-              return act(v * gain + offset);
+              return y(v);
             },
             put(i * pixels));
       }

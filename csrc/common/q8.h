@@ -184,7 +184,7 @@ struct Image {
   int64_t run(int64_t p, int64_t count) const { return pad == 0 ? count : std::min(count, w - p % w); }
 
   void fill_border(uint8_t* q, int32_t value) const {
-    if (pad == 0) return;
+    if (pad == 0 || c == 0) return;
     const int64_t lines = h + 2 * pad, edge = pad * c;
     parallel_for(0, n * lines, grain(line()), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

@@ -15,8 +15,8 @@ template <class A>
 Range range_of(const Affine<A>& f, bool with_silu) {
   Range range;
   for (size_t i = 0; i < f.lo.size(); ++i) {
-    const double one = double(f.lo[i]) * double(f.gain[i]) + double(f.offset[i]);
-    const double other = double(f.hi[i]) * double(f.gain[i]) + double(f.offset[i]);
+    const auto y = [&](A x) { return (double(x) - double(f.centre[i])) * double(f.gain[i]) + double(f.offset[i]); };
+    const double one = y(f.lo[i]), other = y(f.hi[i]);
     range.add(with_silu ? exact_silu(one) : one);
     range.add(with_silu ? exact_silu(other) : other);
     if (with_silu && std::min(one, other) < kLowestAt && std::max(one, other) > kLowestAt) range.add(kLowest);
