@@ -25,7 +25,8 @@ inline Modulation<A> modulation(const Tensor& x, const Rows& rows, const Optiona
                   "layer_norm_modulate: scale and shift have one row, or one for each batch element");
     conditions = n > conditions ? n : conditions;
   }
-  Modulation<A> m{parameters<A>(weight, conditions, c, 1), parameters<A>(bias, conditions, c, 0), tokens, c, conditions};
+  Modulation<A> m{parameters<A>(weight, conditions, c, 1), parameters<A>(bias, conditions, c, 0), tokens, c,
+                  conditions};
   if (scale.has_value()) {
     const std::vector<A> s = parameters<A>(scale, conditions, c, 0);
     for (size_t i = 0; i < s.size(); ++i) m.gain[i] *= 1 + s[i], m.offset[i] *= 1 + s[i];

@@ -257,7 +257,8 @@ inline Image image_of(const Tensor& x, int64_t pad) {
 // x in the order its codes have.
 inline Tensor code_order(const Tensor& x) {
   if (x.dim() != 4) return is_channels_last(x) ? x : torch::stable::contiguous(x);
-  return is_dense(x, channels_last(4)) ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+  if (is_dense(x, channels_last(4))) return x;
+  return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 template <class A>

@@ -10,9 +10,8 @@ constexpr int64_t kPart = 16384;  // elements read at a time
 template <class T, class Put>
 void read(const T* x, int64_t n, Put&& put) {
   using V = Vector<Acc<T>>;
-  for_row<T>(
-      n, [&](int64_t i, V& a, V& b) { load_pair(x + i, a, b); }, [&](int64_t i, int count) { return load_some(x + i, count); },
-      put);
+  const auto pair = [&](int64_t i, V& a, V& b) { load_pair(x + i, a, b); };
+  for_row<T>(n, pair, [&](int64_t i, int count) { return load_some(x + i, count); }, put);
 }
 
 template <class T>

@@ -27,6 +27,7 @@ MAX_TENSORS = 50_000  # ten times the largest diffusion model in use; an entry c
 MAX_METADATA = 4 << 20  # characters in all; trainers store tag lists of up to about 1 MB
 _MAX_ENTRY = 1 << 16  # characters of one name or one tensor's entry; a real one has below 300
 _BLOCK = 1 << 17
+_PIECE = 4 << 20  # bytes of a tensor that are read at a time
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 DTYPES = {
@@ -117,12 +118,16 @@ def _tensor(header: Header, entry: Entry, file: BinaryIO, mapped: mmap.mmap | No
     if mapped is not None and not converts and start % stored.itemsize == 0:
         count = entry.nbytes // stored.itemsize
         return torch.frombuffer(mapped, dtype=stored, count=count, offset=start).view(entry.shape)
-    raw = torch.empty(entry.nbytes, dtype=torch.uint8)  # read, not mapped: the pages would stay resident
+    # read, not mapped: the pages would stay resident; in pieces, so that no second copy of a large tensor is there
+    out = torch.empty(entry.shape, dtype=dtype if converts else stored)
+    flat, piece = out.view(-1), torch.empty(min(entry.nbytes, _PIECE), dtype=torch.uint8)
     file.seek(start)
-    if file.readinto(raw.numpy()) != entry.nbytes:  # type: ignore[attr-defined]
-        raise CheckpointError(f"{header.path}: became shorter while it was read; fetch it again")
-    tensor = raw.view(stored).view(entry.shape)
-    return tensor.to(dtype) if converts else tensor
+    for at in range(0, entry.nbytes, _PIECE):
+        raw = piece[:min(_PIECE, entry.nbytes - at)]
+        if file.readinto(raw.numpy()) != len(raw):  # type: ignore[attr-defined]
+            raise CheckpointError(f"{header.path}: became shorter while it was read; fetch it again")
+        flat[at // stored.itemsize:(at + len(raw)) // stored.itemsize] = raw.view(stored)
+    return out
 
 
 _OTHER_KINDS = (

@@ -125,8 +125,6 @@ class Model(nn.Module):
             model = cls.from_config(config)
         wanted = {k: v.shape for k, v in model.state_dict().items()}
         units = _units(model) if pack else {}
-        if pack:
-            keep_freed_memory()
         given: set[str] = set()
         for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
             check_tensor(cls.__name__, wanted, name, tensor)
@@ -144,6 +142,8 @@ class Model(nn.Module):
                 units[name].settle(model, int8, dtype)
         check_complete(cls.__name__, wanted, given)
         model.requires_grad_(False)
+        if pack:
+            keep_freed_memory()
         return model if int8 is None else model.with_plan(int8)
 
     def with_plan(self: M, plan: Plan) -> M:

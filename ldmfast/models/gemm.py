@@ -75,6 +75,9 @@ _WRITES_BF16 = torch.cpu._is_avx512_supported() and _LIMIT not in ("SSE41", "AVX
 _DTYPES = {torch.float32} | ({torch.bfloat16} if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
 
 
+_AT_ONCE = 1 << 20  # numbers of a weight that are rounded to 8 bits at a time: they stay in cache
+
+
 class Quantized(NamedTuple):
     """An activation of 8 bits: (values - zero_point) * scale, one scale for the tensor.
 
@@ -98,11 +101,17 @@ def packable(weight: Tensor) -> bool:
 
 def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weight (out, ...) -> int8 values and one fp32 scale for each output, symmetric: value * scale."""
-    rows = weight.detach().float().flatten(1)
-    scale = rows.abs().amax(1).div_(127.0)
-    scale = torch.where(scale == 0, 1.0, scale)  # NaN stays: the product shows it
-    values = (rows / scale[:, None]).nan_to_num_(0.0).round_().clamp_(-127, 127)
-    return values.to(torch.int8).view(weight.shape), scale
+    rows = weight.detach().flatten(1)
+    values = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+    some = max(1, _AT_ONCE // max(1, rows.shape[1]))
+    for part, ints, steps in zip(rows.split(some), values.split(some), scale.split(some)):
+        numbers = part.float()
+        torch.amax(numbers.abs(), 1, out=steps)
+        steps.div_(127.0)
+        steps[steps == 0] = 1.0  # NaN stays: the product shows it
+        ints.copy_((numbers / steps[:, None]).nan_to_num_(0.0).round_())
+    return values.view(weight.shape), scale
 
 
 class Packed:

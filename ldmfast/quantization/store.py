@@ -81,7 +81,6 @@ def load(cls: type[M], config: Mapping[str, Any], header: safetensors.Header, pl
 
     Raises CheckpointError when tensors are missing, left over, or of another shape than the config asks.
     """
-    keep_freed_memory()
     with torch.device("meta"):
         model = cls.from_config(config)
         for module in list(model.modules()):
@@ -99,6 +98,7 @@ def load(cls: type[M], config: Mapping[str, Any], header: safetensors.Header, pl
     if missing:
         raise CheckpointError(f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}; write it again with "
                               "'ldmfast quantize'")
+    keep_freed_memory()
     return model.with_plan(plan)
 
 

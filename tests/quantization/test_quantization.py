@@ -295,3 +295,20 @@ def test_plan_json_is_json() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ldmfast.Pipeline.tiny(precision="int8")
+
+
+@pytest.mark.parametrize("precision", ["exact", "bf16", "int8"])
+def test_thread_count_changes_rounding_at_most(precision: str) -> None:
+    """A library may sum in another order with other threads; more than that must not happen."""
+    dtype = torch.float32 if precision == "exact" else torch.bfloat16
+    model = UNet2DCondition.from_weights(CONFIG, weights(), pack=True, dtype=dtype,
+                                         int8=Plan() if precision == "int8" else None)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run(model))
+    finally:
+        torch.set_num_threads(before)
+    limit = 1e-5 if precision == "exact" else 2e-2
+    assert all((other - found[0]).abs().max() <= limit * found[0].abs().max() for other in found[1:])
