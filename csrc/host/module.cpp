@@ -49,7 +49,7 @@ static bool keep_freed_memory() {
 #if defined(__GLIBC__)
   for (const char* name : {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"})
     if (std::getenv(name) != nullptr) return false;
-  malloc_trim(0);  // what loading left behind
+  malloc_trim(0);
   static const bool done = mallopt(M_MMAP_THRESHOLD, 64 << 20) != 0 && mallopt(M_TRIM_THRESHOLD, 512 << 20) != 0;
   return done;
 #else
@@ -66,6 +66,6 @@ PYBIND11_MODULE(_C, m) {
     return std::string();
   }, "The level whose kernels are registered (LDMFAST_CPU_ISA forces one).");
   m.def("keep_freed_memory", &keep_freed_memory,
-        "Lets large freed blocks be used again instead of going back to the kernel; False where that is not ours to set.");
+        "Gives free memory back now, and lets large blocks that are freed later be used again; False where that is not ours.");
   m.def("build_facts", &build_facts, "Compiler, oldest torch served, levels and CUDA architectures in this build.");
 }

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._load import keep_freed_memory
 
 _SCHEMAS = {
     "mkldnn::_linear_pointwise": "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> "
@@ -77,6 +78,8 @@ _DTYPES = {torch.float32} | ({torch.bfloat16} if ONEDNN and torch.ops.mkldnn._is
 
 _AT_ONCE = 1 << 20  # numbers of a weight that are rounded to 8 bits at a time: they stay in cache
 
+_HOLES = 128 << 20  # bytes
+
 
 class Quantized(NamedTuple):
     """An activation of 8 bits: (values - zero_point) * scale, one scale for the tensor.
@@ -114,6 +117,18 @@ def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values.view(weight.shape), scale
 
 
+_rearranged = 0  # bytes, since memory was last returned; a lost update between threads only delays it
+
+
+def _return_memory(size: int) -> None:
+    """Called after a weight was rearranged: now and then gives the holes that the former ones left to the system."""
+    global _rearranged
+    _rearranged += size
+    if _rearranged > _HOLES:
+        _rearranged = 0
+        keep_freed_memory()
+
+
 class Packed:
     """A convolution's weight in the layout that oneDNN prefers for the input of one size.
 
@@ -138,6 +153,7 @@ class Packed:
         if made_for != shape and x.numel() > 0:
             weight = self.reorder(weight.to_dense() if weight.is_mkldnn else weight, list(shape))
             self.held = (shape, weight)
+            _return_memory(weight.numel() * weight.element_size())
         return weight
 
 
