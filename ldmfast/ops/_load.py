@@ -110,8 +110,8 @@ def kernel_module(name: str) -> ModuleType:
 
 
 def keep_freed_memory() -> None:
-    """From now on blocks up to 64 MiB that the process frees are used again instead of being cleared anew by the kernel;
-    what is free at this moment goes back to it."""
+    """From now on blocks up to 64 MiB that the process frees are used again instead of being cleared anew by the
+    kernel; what is free at this moment goes back to it."""
     host = host_module()
     if host is not None:
         host.keep_freed_memory()
