@@ -1,4 +1,4 @@
-"""What 8 bits cost the shipped model: PSNR from the exact pictures of the same seeds, and attributes drawn as captioned.
+"""What 8 bits cost the shipped model: PSNR from the exact pictures of the same seeds, and attributes drawn right.
 
     python bench/int8_quality.py                # 512 held-out captions, 20 DDIM steps: some minutes
     python bench/int8_quality.py --count 50
