@@ -67,6 +67,8 @@ def failure(row: Op, case: Case, dtype: torch.dtype, run: Any = None) -> str:
         return "; ".join(wrong) or wrong_codes(row, args, dtype, *out)
     if wrong := wrong_memory(out, row.fake(*args)):
         return wrong
+    if row.name == "pack_weight":  # moves numbers only; their order depends on the dtype
+        return "" if torch.equal(out, row.reference(*args)) else "another order than the reference's"
     exact = row.reference(*cast(args, torch.float64))
     if not torch.equal(torch.isnan(out), torch.isnan(exact)):
         return "NaN where the reference has a number"

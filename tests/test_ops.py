@@ -3,6 +3,7 @@ instruction-set level this machine has."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -21,6 +22,10 @@ from ldmfast.ops._op import memory_format, place
 
 sys.path.insert(0, str(Path(__file__).parent))
 import parity
+
+# the package's attributes of these names are the functions
+conv2d, conv2d_q8, pack_weight = (importlib.import_module(f"ldmfast.ops.{n}") for n in
+                                  ("conv2d", "conv2d_q8", "pack_weight"))
 
 ROWS = list(ops.ROWS.values())
 CASES = [(row, case) for row in ROWS for case in parity.small_cases(row)]
@@ -104,6 +109,8 @@ def test_batch_does_not_change_a_picture(dtype):
         assert torch.equal(ops.attention(q, k, v)[one], ops.attention(q[one], k[one], v[one]))
         assert torch.equal(ops.layer_norm_modulate(tokens)[one], ops.layer_norm_modulate(tokens[one]))
         assert torch.equal(ops.geglu(tokens)[one], ops.geglu(tokens[one]))
+        weight = ops.pack_weight(torch.randn(40, 48, 3, 3, generator=torch.Generator().manual_seed(i)).to(dtype))
+        assert torch.equal(ops.conv2d(x, weight, out_channels=40)[one], ops.conv2d(x[one], weight, out_channels=40))
 
 
 def fuzz(examples):
@@ -175,6 +182,48 @@ def test_fuzz_geglu_q8(lead, columns, scale, dtype):
 @given(SIZE, SIZE, SIZE, SIZE, LAYOUTS, st.integers(0, 3), st.sampled_from([-5.0, 0.0, 5.0]), TYPES)
 def test_fuzz_quantize(n, c, h, w, layout, pad, offset, dtype):
     holds("quantize", lambda d: (d.normal(n, c, h, w, layout=layout, offset=offset), pad), dtype)
+
+
+CONVOLUTIONS = st.tuples(
+    st.integers(0, 3), st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.integers(1, 40),
+    st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.booleans(), st.booleans(), LAYOUTS, TYPES)
+
+
+def fuzz_conv(row, n, c, out, h, w, kernel, stride, padding, upsample, residual, layout, dtype) -> None:
+    sizes = [conv2d.out_size(s, kernel, stride, padding, upsample) for s in (h, w)]
+    if min(sizes) < 1:
+        return
+
+    def make(d):
+        weight = d.normal(out, c, kernel, kernel)
+        more = d.normal(n, out, *sizes, layout=layout) if residual else None
+        if row == "conv2d":
+            head = d.normal(n, c, h, w, layout=layout), pack_weight.reference(weight)
+        else:
+            head = *conv2d_q8.draw_codes(d, n, c, h, w, layout=layout), *conv2d_q8.draw_weight(d, *weight.shape)
+        return (*head, d.normal(out), more, out, kernel, stride, padding, upsample)
+
+    holds(row, make, dtype)
+
+
+@fuzz(60)
+@given(CONVOLUTIONS)
+def test_fuzz_conv2d(convolution):
+    fuzz_conv("conv2d", *convolution)
+
+
+@fuzz(60)
+@given(CONVOLUTIONS)
+def test_fuzz_conv2d_q8(convolution):
+    fuzz_conv("conv2d_q8", *convolution)
+
+
+@fuzz(20)
+@given(st.integers(0, 70), st.integers(1, 70), st.integers(1, 3), TYPES)
+def test_fuzz_pack_weight(outputs, channels, kernel, dtype):
+    holds("pack_weight", lambda d: (d.normal(outputs, channels, kernel, kernel),), dtype)
+    weight = torch.randn(outputs, channels, kernel, kernel).to(dtype)
+    assert torch.equal(pack_weight.image_weight(ops.pack_weight(weight), outputs, channels), weight)
 
 
 @fuzz(30)

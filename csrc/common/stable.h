@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "pages.h"
 
 #if TORCH_TARGET_VERSION != 0x020a000000000000
 #error "compile with -DTORCH_TARGET_VERSION=0x020a000000000000: one library must serve every torch from 2.10 on"
@@ -67,6 +68,8 @@ using Sizes = std::vector<int64_t>;
 inline Sizes sizes_of(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
 inline Sizes strides_of(const Tensor& t) { return Sizes(t.strides().begin(), t.strides().end()); }
 
+constexpr size_t kLargeBlock = size_t(16) << 20;  // bytes: what glibc may take fresh from the kernel
+
 // New memory on t's device; the plain shim call boxes nothing, so it is cheaper than torch::stable::empty.
 inline Tensor empty_strided(const Tensor& t, const Sizes& sizes, const Sizes& strides, int32_t dtype) {
   int32_t device_type, device_index;
@@ -75,7 +78,10 @@ inline Tensor empty_strided(const Tensor& t, const Sizes& sizes, const Sizes& st
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                                   device_type, device_index, &handle));
-  return Tensor(handle);
+  const Tensor made(handle);
+  const size_t size = size_t(made.numel()) * size_t(made.element_size());
+  if (size >= kLargeBlock && device_type == aoti_torch_device_type_cpu()) prefer_large_pages(made.mutable_data_ptr(), size);
+  return made;
 }
 inline Tensor empty_strided(const Tensor& t, const Sizes& sizes, const Sizes& strides) {
   int32_t dtype;

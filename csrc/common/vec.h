@@ -125,6 +125,11 @@ inline D load(const double* p) {
   return v;
 }
 inline F load(const bf16* p) {
+#if defined(__AVX512F__)
+  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#endif
   H h;
   std::memcpy(&h, p, sizeof h);
   return (F)(__builtin_convertvector(h, U) << 16);

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "isa.h"
+#include "pages.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
 
@@ -30,18 +30,20 @@ class Workspace {
     base_ = kept;
     if (used_ > size_) {
       std::free(base_);
-      size_ = size_t(up(int64_t(used_), 4096));
-      base_ = static_cast<char*>(std::aligned_alloc(4096, size_));
+      const size_t page = used_ < kLargePage / 2 ? 4096 : kLargePage;
+      size_ = size_t(up(int64_t(used_), int64_t(page)));
+      base_ = static_cast<char*>(std::aligned_alloc(page, size_));
       if (base_ == nullptr) {
         size_ = 0;
         throw std::bad_alloc();
       }
+      prefer_large_pages(base_, size_);
     }
     used_ = 0;
     f();
   }
   void shrink() {  // a large one is not worth keeping
-    if (size_ <= size_t(4) << 20) return;
+    if (size_ <= size_t(16) << 20) return;
     std::free(base_);
     base_ = nullptr;
     size_ = 0;

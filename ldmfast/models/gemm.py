@@ -1,4 +1,5 @@
-"""Linear and Conv2d: matrix products are the library's, oneDNN's on a CPU, cuBLAS's and cuDNN's elsewhere.
+"""Linear and Conv2d: matrix products are the library's, oneDNN's on a CPU, cuBLAS's and cuDNN's elsewhere; but on a CPU
+with tiles (AMX) convolutions in bf16 and 8 bits are our own, ops.conv2d and ops.conv2d_q8, which are faster there.
 
 On a CPU torch ships oneDNN's operators with prepacked weights and fused additions, as semi-private names. Their schemas
 are compared once, at import; where one differs, torch's public functions run instead and a warning says so.
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._load import keep_freed_memory
+from ..ops._load import keep_freed_memory, level
+from ..ops.pack_weight import image_weight
 
 _SCHEMAS = {
     "mkldnn::_linear_pointwise": "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> "
@@ -75,6 +77,9 @@ _LIMIT = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA",
 _WRITES_BF16 = torch.cpu._is_avx512_supported() and _LIMIT not in ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
 _DTYPES = {torch.float32} | ({torch.bfloat16} if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
 
+
+# whether convolutions are ours (docs/performance.md, "Convolutions")
+OWN = ops.CPU_LIBRARY.loaded and level() == "amx"
 
 _AT_ONCE = 1 << 20  # numbers of a weight that are rounded to 8 bits at a time: they stay in cache
 
@@ -160,7 +165,7 @@ class Packed:
 class Int8Weight(nn.Module):
     """Weight of a W8A8 product in the layout of the kernel; nothing of higher precision is kept.
 
-    values: int8 (out, in) or (out, in, kh, kw). scale: fp32 (out,). bias: (out,) or None, kept in fp32.
+    values: int8 (out, in) or (out, in, kh, kw). scale: fp32 (out,). bias: (out,) or None.
     """
 
     scale: Tensor
@@ -170,11 +175,15 @@ class Int8Weight(nn.Module):
 
     def __init__(self, values: Tensor, scale: Tensor, bias: Tensor | None, conv: nn.Conv2d | None = None):
         super().__init__()
-        # what a zero point of 1 adds to each output
-        sums = values.flatten(1).sum(1, dtype=torch.int32).float() * scale
-        self.packed = ONEDNN_INT8 and values.device.type == "cpu"
+        self.shape = tuple(values.shape)
+        self.own = OWN and conv is not None and values.device.type == "cpu"
+        self.packed = ONEDNN_INT8 and not self.own and values.device.type == "cpu"
         self.layout: Packed | None = None
-        if self.packed and conv is not None:
+        # what a zero point of 1 adds to each output
+        sums = values.flatten(1).sum(1, dtype=torch.int32)
+        if self.own:
+            self.values = ops.pack_weight(values)
+        elif self.packed and conv is not None:
             stride, dilation, groups = conv.stride, conv.dilation, conv.groups
             self.layout = Packed(values, lambda w, shape: torch.ops.onednn.qconv_prepack(
                 w, scale, 1.0, 0, stride, (0, 0), dilation, groups, shape))
@@ -183,13 +192,17 @@ class Int8Weight(nn.Module):
         else:
             self.values = values
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        # the output of conv2d_q8 has the bias's dtype
+        kept = torch.bfloat16 if self.own else torch.float32
+        self.register_buffer("bias", None if bias is None else bias.detach().to(kept))
         self.register_buffer("sums", sums)
         self.register_buffer("zeros", torch.zeros(len(scale), dtype=torch.int64, device=scale.device))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight that the values of a convolution, or of an unpacked product, stand for."""
         values = self.values if self.layout is None else self.layout.dense()
+        if self.own:
+            values = image_weight(values, *self.shape[:2])
         return (values.float() * self.scale.view(-1, *[1] * (values.ndim - 1))).to(dtype)
 
 
@@ -277,12 +290,17 @@ class Conv2d(nn.Conv2d):
         self.int8 = None
         self.layout: Packed | None = None
 
-    def forward(self, x: Tensor | Quantized, residual: Tensor | None = None) -> Tensor:
-        """x: (N, in, H, W), floating, or 8-bit with its padding for a layer with ``int8``; residual: like the
-        output."""
+    def forward(self, x: Tensor | Quantized, residual: Tensor | None = None, upsample: bool = False) -> Tensor:
+        """x: (N, in, H, W), floating, or 8-bit with its padding (``border``) for a layer with ``int8``; residual: like
+        the output. upsample: x is doubled in size first, by nearest neighbours."""
         if self.int8 is not None:
-            return self._int8(self.int8, x, residual)
+            return self._int8(self.int8, x, residual, upsample)
         assert isinstance(x, Tensor)
+        if self.own and x.dtype == torch.bfloat16:
+            return ops.conv2d(x, self.weight, self.bias, residual, out_channels=self.out_channels,
+                              kernel=self.kernel_size[0], stride=self.stride[0], padding=int(self.padding[0]),
+                              upsample=upsample)
+        x = ops.upsample2x(x) if upsample else x
         weight = self.weight if self.layout is None else self.layout.at(x)
         if not _onednn(x):
             weight = weight.to_dense() if weight.is_mkldnn else weight
@@ -294,16 +312,21 @@ class Conv2d(nn.Conv2d):
             return conv(x, weight, self.bias, *shape, "none", [], "")
         return conv.binary(x, residual, weight, self.bias, *shape, "add", 1.0, None, [], None)
 
-    def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None) -> Tensor:
+    def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None, upsample: bool) -> Tensor:
+        if w.own:
+            x = Quantized(*ops.quantize(x)) if isinstance(x, Tensor) else x
+            return ops.conv2d_q8(*x, w.values, w.scale, w.sums, w.bias, residual,
+                                 out_channels=self.out_channels, kernel=self.kernel_size[0], stride=self.stride[0],
+                                 padding=int(self.padding[0]), upsample=upsample)
         if isinstance(x, Tensor):
-            x = Quantized(*ops.quantize(x, pad=self.border))
+            x = Quantized(*ops.quantize(ops.upsample2x(x) if upsample else x, pad=self.border))
         if w.layout is None or x.values.numel() == 0:
             out = F.conv2d(_float(x, torch.float32), w.dense(torch.float32), w.bias, self.stride, 0, self.dilation,
                            self.groups).to(torch.bfloat16)
         else:
             # a zero point inside oneDNN's convolution costs a factor, so the bias takes its part; the border of the
             # picture already holds it
-            bias = (w.sums * (x.scale * x.zero_point)).neg_()
+            bias = (w.sums * w.scale * (x.scale * x.zero_point)).neg_()
             bias = bias if w.bias is None else bias.add_(w.bias)
             out = torch.ops.onednn.qconv_pointwise.tensor(
                 x.values, x.scale, torch.zeros_like(x.zero_point), w.layout.at(x.values), w.scale, w.zeros, bias,
@@ -313,12 +336,22 @@ class Conv2d(nn.Conv2d):
 
     @property
     def border(self) -> int:
-        """Pixels of padding on each side, which an 8-bit input brings along."""
-        return int(self.padding[0])
+        """Pixels of padding on each side that an 8-bit input brings along."""
+        return 0 if self.int8 is not None and self.int8.own else int(self.padding[0])
+
+    @property
+    def own(self) -> bool:
+        """Whether ``weight`` is packed for ops.conv2d."""
+        return self.weight is not None and self.weight.ndim == 7
 
     def pack(self) -> None:
-        """Lets calls bring the weight into oneDNN's layout; ``weight`` is None afterwards."""
+        """Brings the weight into the layout of the kernels, once; the plain one is let go."""
+        if self.own:
+            return
         weight = self.weight.detach().contiguous(memory_format=torch.channels_last)  # the best of the plain layouts
+        if OWN and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.numel() > 0:
+            self.weight = _fixed(ops.pack_weight(self.weight.detach()))
+            return
         if not packable(weight):
             self.weight = _fixed(weight)
             return
@@ -329,6 +362,8 @@ class Conv2d(nn.Conv2d):
 
     def dense(self) -> Tensor:
         """The weight (out, in, kh, kw), plain again if it was packed."""
+        if self.own:
+            return image_weight(self.weight.detach(), self.out_channels, self.in_channels)
         return self.weight.detach() if self.layout is None else self.layout.dense()
 
     def quantize(self, values: Tensor | None = None, scale: Tensor | None = None, keep: bool = False) -> None:

@@ -173,7 +173,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if size is None or tuple(size) == (2 * x.shape[2], 2 * x.shape[3]):
-            return self.conv(ops.upsample2x(x))
+            return self.conv(x, upsample=True)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from . import _load, _op
 from .attention import attention
+from .conv2d import conv2d
+from .conv2d_q8 import conv2d_q8
 from .geglu import geglu
 from .geglu_q8 import geglu_q8
 from .group_norm_silu import group_norm_silu
@@ -14,6 +16,7 @@ from .group_norm_silu_q8 import group_norm_silu_q8
 from .layer_norm_modulate import layer_norm_modulate
 from .layer_norm_modulate_q8 import layer_norm_modulate_q8
 from .lincomb import lincomb
+from .pack_weight import pack_weight
 from .quantize import quantize
 from .upsample2x import upsample2x
 
@@ -23,6 +26,7 @@ CUDA_LIBRARY = _load.load_cuda()
 _op.register_triton()
 
 __all__ = [
-    "attention", "geglu", "geglu_q8", "group_norm_silu", "group_norm_silu_q8", "layer_norm_modulate",
-    "layer_norm_modulate_q8", "lincomb", "quantize", "upsample2x",
+    "attention", "conv2d", "conv2d_q8", "geglu", "geglu_q8", "group_norm_silu", "group_norm_silu_q8",
+    "layer_norm_modulate", "layer_norm_modulate_q8", "lincomb", "pack_weight", "quantize",
+    "upsample2x",
 ]

@@ -62,6 +62,12 @@ def check_isa() -> None:
                            f"{', '.join(host.cpu_levels())}; choose one of these or unset it")
 
 
+def level() -> str:
+    """The instruction-set level whose kernels run ("" without a compiled library)."""
+    host = host_module()
+    return host.level_in_use() if host is not None else ""
+
+
 def _load(name: str, part: str) -> Library:
     path = PACKAGE / name
     if not path.exists():

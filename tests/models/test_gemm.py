@@ -36,9 +36,10 @@ def close(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
         assert (found.double() - exact).abs().max() <= limit * exact.abs().max().clamp(min=1)
 
 
-@pytest.fixture(params=["onednn", "torch"])
+@pytest.fixture(params=["own", "onednn", "torch"])
 def library(request, monkeypatch) -> str:
-    """With the operators that torch ships, and as if this torch had others."""
+    """With our convolutions, with the operators that torch ships, and as if this torch had others."""
+    monkeypatch.setattr(gemm, "OWN", request.param == "own")
     if request.param == "torch":
         monkeypatch.setattr(gemm, "ONEDNN", False)
         monkeypatch.setattr(gemm, "ONEDNN_INT8", False)
@@ -56,7 +57,7 @@ def test_linear(shape, dtype, packed, library) -> None:
     exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
     if packed:
         layer.pack()
-        assert layer.weight.is_mkldnn == (library == "onednn" and dtype != torch.float64)
+        assert layer.weight.is_mkldnn == (library != "torch" and dtype != torch.float64)
     close(layer(x), exact, dtype)
     before = residual.clone()
     close(layer(x, residual), exact + residual.double(), dtype)
@@ -88,8 +89,20 @@ def test_packed_weight_is_the_weight() -> None:
         assert torch.equal(layer.dense(), plain)
 
 
+def test_upsampled_conv(library) -> None:
+    layer = filled(Conv2d(8, 6, 3, padding=1), torch.bfloat16)
+    x = draw(2, 8, 5, 7).bfloat16().contiguous(memory_format=torch.channels_last)
+    exact = F.conv2d(F.interpolate(x.double(), scale_factor=2.0), layer.weight.double(), layer.bias.double(), padding=1)
+    close(layer(x, upsample=True), exact, torch.bfloat16)
+    layer.pack()
+    close(layer(x, upsample=True), exact, torch.bfloat16)
+    layer = filled(Conv2d(8, 6, 3, padding=1), torch.bfloat16)
+    layer.quantize()
+    assert (layer(x, upsample=True).double() - exact).abs().max() <= 0.03 * exact.abs().max()
+
+
 @pytest.mark.parametrize("int8", [False, True])
-def test_conv_of_changing_sizes_from_many_threads(int8) -> None:
+def test_conv_of_changing_sizes_from_many_threads(int8, library) -> None:
     """The layout follows the size of the input; no result does, and none depends on who called before."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -162,8 +175,8 @@ def test_int8_conv(shape, library) -> None:
     bias = layer.bias.double()
     layer.quantize()
     plain = (draw(n, c, h, w) + 0.7).contiguous(memory_format=torch.channels_last)
-    x = Quantized(*ops.quantize(plain, pad=padding))
-    inner = exact_of(x)[:, :, padding:padding + h, padding:padding + w]
+    x = Quantized(*ops.quantize(plain, pad=layer.border))
+    inner = exact_of(x)[:, :, layer.border:layer.border + h, layer.border:layer.border + w]
     exact = F.conv2d(inner, values.double() * scale.double().view(-1, 1, 1, 1), bias, stride, padding)
     close(layer(x), exact, torch.bfloat16)
     assert torch.equal(layer(plain), layer(x))  # a floating input is quantised on the way

@@ -1,0 +1,42 @@
+// conv2d_q8: convolution of 8-bit codes with a packed int8 weight, exact in integers.
+#include "common/images.h"
+#include "common/stable.h"
+
+namespace LDMFAST_LEVEL_NAMESPACE {
+namespace {
+
+// The output's dtype: the residual's, else the bias's, else bf16.
+int32_t dtype_of(const OptionalTensor& bias, const OptionalTensor& residual) {
+  int32_t dtype = aoti_torch_dtype_bfloat16();
+  if (residual.has_value() || bias.has_value())
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype((residual.has_value() ? *residual : *bias).get(), &dtype));
+  return dtype;
+}
+
+}  // namespace
+
+Tensor conv2d_q8(const Tensor& q, const Tensor& scale, const Tensor& zero_point, const Tensor& weight,
+                 const Tensor& weight_scale, const Tensor& weight_sums, const OptionalTensor& bias,
+                 const OptionalTensor& residual, int64_t out_channels, int64_t kernel, int64_t stride, int64_t padding,
+                 bool upsample) {
+  const Tensor image = pixels_of(q), more = residual.has_value() ? pixels_of(*residual) : image;
+  const Convolution c = convolution_of(q, out_channels, kernel, stride, padding, upsample);
+  const Tensor y = empty_image(q, c, dtype_of(bias, residual));
+  if (y.numel() == 0) return y;
+  const int32_t zero = *data<int32_t>(zero_point);
+  dispatch(y, [&](auto tag) {
+    using T = decltype(tag);
+    Outputs<int32_t, T> put{mutable_data<T>(y), out_channels, for_panels<Acc<T>>(bias, out_channels, 0),
+                            for_panels<Acc<T>>(weight_scale, out_channels, 0)};
+    for (Acc<T>& s : put.scale) s *= Acc<T>(*data<float>(scale));
+    put.correction.assign(put.scale.size(), 0);
+    for (int64_t i = 0; i < out_channels; ++i) put.correction[size_t(i)] = zero * data<int32_t>(weight_sums)[i];
+    if (residual.has_value()) put.add(data<T>(more), out_channels);
+    return product<Codes8>(c, data<uint8_t>(image), data<int8_t>(weight), uint8_t(zero), put), 0;
+  });
+  return y;
+}
+
+}  // namespace LDMFAST_LEVEL_NAMESPACE
+
+LDMFAST_CPU_KERNEL(conv2d_q8)
