@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..errors import LdmfastError
 from .schedules import Schedule
-from .spacing import training_grid
+from .spacing import Grid, training_grid
 from .step_table import StepTable, TableBuilder
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
@@ -22,10 +22,15 @@ def ddpm(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float] | 
     ("fixed_large"). Skipped timesteps make one longer step of the chain. Learned variances are not linear in
     the network output and are refused.
     """
+    grid = training_grid(schedule, steps, timesteps, sigmas, next_in_list=True, final_alpha=1.0)
+    return ddpm_on(schedule, grid, start, variance_type)
+
+
+def ddpm_on(schedule: Schedule, grid: Grid, start: int = 0, variance_type: str = "fixed_small") -> StepTable:
+    """``ddpm`` on a finished grid."""
     if variance_type not in VARIANCES:
         raise LdmfastError(f"ddpm: variance_type={variance_type!r} is not supported; use one of "
                            f"{', '.join(VARIANCES)}")
-    grid = training_grid(schedule, steps, timesteps, sigmas, next_in_list=True, final_alpha=1.0)
     b = TableBuilder("ddpm", schedule, clips=True)
     for i in range(start, len(grid.times)):
         a, a_prev = grid.alphas[i], grid.prev_alphas[i]

@@ -111,7 +111,7 @@ def _multistep(name: str, schedule: Schedule, steps: int | None, timesteps: Sequ
                            "final_sigmas_type='sigma_min'")
     level = Levels(schedule, grid.sigmas)
     n = len(grid.times)
-    b = TableBuilder(name, schedule, registers=order - 1, clips=schedule.thresholding)
+    b = TableBuilder(name, schedule, registers=max(order - 1, 1), clips=schedule.thresholding)
     for i in range(start, n):
         x0, eps = b.predict(level.alpha[i], level.sigma[i])
         if b.clip and not data:
@@ -128,7 +128,7 @@ def _multistep(name: str, schedule: Schedule, steps: int | None, timesteps: Sequ
         differences = _differences(level.lam, i, m, this)
         row = (_data_step(b, level, i, differences, solver_type, eta, third_order) if data else
                _noise_step(b, level, i, differences, solver_type, algorithm.startswith("sde")))
-        b.stage(grid.times[i], row, dict(enumerate(m[:order - 1])))
+        b.stage(grid.times[i], row, dict(enumerate(m[:len(b.r)])))
     return b.table(grid.times[start:], level.pairs(start), 1.0, start)
 
 

@@ -125,6 +125,17 @@ def training_grid(schedule: Schedule, steps: int | None, timesteps: Sequence[flo
     return Grid(times, levels, alphas, prev)
 
 
+def one_step_grid(schedule: Schedule, time: int, end: int, final_alpha: float) -> Grid:
+    """The single step from training timestep ``time`` to ``end``; an end below 0 is at abar ``final_alpha``."""
+    n = schedule.num_train_timesteps
+    if not 0 <= time < n or end >= n:
+        raise LdmfastError(f"timestep {time if not 0 <= time < n else end} is not in the model's 0..{n - 1}")
+    abar, end_abar = alpha_at(schedule, time), final_alpha if end < 0 else alpha_at(schedule, end)
+    with np.errstate(divide="ignore"):
+        levels = np.sqrt(1 / np.array([abar, end_abar]) - 1)
+    return Grid(np.array([float(time)]), levels, np.array([abar]), np.array([end_abar]))
+
+
 def explicit_sigmas(sigmas: Sequence[float]) -> Array:
     """A given sigma list: steps + 1 falling values, the last (often 0) is where the run ends."""
     levels = check_list(sigmas, "sigmas", 0, math.inf)
