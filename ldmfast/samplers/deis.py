@@ -38,7 +38,7 @@ def deis(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float] | 
         if b.clip:
             eps = (b.x - level.alpha[i] * x0) / level.sigma[i]
         m = [eps, *b.r]
-        known = min(order, i - start + 1)
+        known = min(order, level.distinct(start, i))
         if lower_order_final and n < 15:
             known = min(known, n - i)
         nodes = rho[i - known + 1:i + 1][::-1]

@@ -27,6 +27,14 @@ class Levels:
         with np.errstate(divide="ignore"):
             self.lam = np.log(self.alpha) - np.log(self.sigma)
 
+    def distinct(self, start: int, i: int) -> int:
+        """How many of the boundaries start..i, counted back from i, lie at different levels: an idle step (repeated
+        time) leaves two predictions at one lambda, between which there is no difference to take."""
+        k = 1
+        while i - k >= start and self.lam[i - k] < self.lam[i - k + 1]:
+            k += 1
+        return k
+
     def pairs(self, start: int) -> list[tuple[float, float]]:
         return [(float(a), float(s)) for a, s in zip(self.alpha[start:-1], self.sigma[start:-1])]
 
@@ -117,7 +125,7 @@ def _multistep(name: str, schedule: Schedule, steps: int | None, timesteps: Sequ
         if b.clip and not data:
             eps = (b.x - level.alpha[i] * x0) / level.sigma[i]
         m = [x0 if data else eps, *b.r]
-        this = min(order, i - start + 1)
+        this = min(order, level.distinct(start, i))
         short = lower_order_final and n < 15
         if level.lam[i + 1] == level.lam[i]:
             this = 1  # a repeated last sigma: an idle step, whose differences would be 0 / 0

@@ -128,7 +128,7 @@ class Schedule:
         """(num_train_timesteps,) float64 noise variances of the forward process."""
         n, lo, hi = self.num_train_timesteps, self.beta_start, self.beta_end
         if self.trained_betas is not None:
-            betas = np.asarray(self.trained_betas, dtype=np.float64)
+            betas: Array = np.asarray(self.trained_betas, dtype=np.float64)
         elif self.beta_schedule == "linear":
             betas = np.linspace(lo, hi, n)
         elif self.beta_schedule == "scaled_linear":
