@@ -336,10 +336,11 @@ def flow_grid(schedule: Schedule, steps: int | None, timesteps: Sequence[float] 
 
 def _flow_levels(schedule: Schedule, steps: int, kind: str) -> Array:
     n = schedule.num_train_timesteps
+    even: Array = np.linspace(1, 1 / n, steps + 1, dtype=np.float64)
     if kind == "match":
         # the range ends at the already shifted sigma of training time 1, and is shifted again below
         low = 1 / n if schedule.use_dynamic_shifting else float(shifted(schedule, np.array(1 / n)))
-        return shifted(schedule, np.linspace(1.0, low, steps))
+        return shifted(schedule, np.linspace(1.0, low, steps, dtype=np.float64))
     if kind == "unipc":
-        return shifted(schedule, np.linspace(1, 1 / n, steps + 1)[:-1])
-    return shifted(schedule, 1 - np.linspace(1, 1 / n, steps + 1))[::-1][:-1].copy()
+        return shifted(schedule, even[:-1])
+    return shifted(schedule, 1 - even)[::-1][:-1].copy()

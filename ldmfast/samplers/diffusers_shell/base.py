@@ -132,7 +132,8 @@ class TableScheduler:
                                  "set it in the config")
         lists = {key: floats(given.get(key)) for key in ("timesteps", "sigmas")}
         steps = given.get("num_inference_steps") if all(v is None for v in lists.values()) else None
-        return {"steps": steps, **lists, "mu": given.get("mu")}
+        dynamic = self.config.get("use_dynamic_shifting")  # without it diffusers ignores mu
+        return {"steps": steps, **lists, "mu": given.get("mu") if dynamic else None}
 
     def _table(self, start: int = 0, **options: Any) -> StepTable:
         schedule = self._schedule()
