@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -73,6 +73,7 @@ class TableScheduler:
     _needs_run: ClassVar[bool] = True
     _ready = False
     _run: dict[str, Any] | None = None
+    _tables: dict[Any, StepTable]
     _levels: tuple[Tensor, Any] | None = None
     _held: tuple[Any, Any, Schedule] | None = None
 
@@ -106,15 +107,16 @@ class TableScheduler:
         config, abar = self._internal_dict, getattr(self, "alphas_cumprod", None)
         if self._held is None or self._held[0] is not config or self._held[1] is not abar:
             self._held = config, abar, self._read_config(abar)
-            self._tables: dict[Any, StepTable] = {}
+            self._tables = {}
         return self._held[2]
 
     # --- run to table
 
     def _begin_run(self, given: dict[str, Any]) -> None:
         """After diffusers' ``set_timesteps``, which also runs inside some constructors: no table is made there."""
-        self._run = self._lists(given)
-        self._tables = {}
+        run = self._lists(given)
+        if run != self._run:
+            self._run, self._tables = run, {}
         self._levels = self.timesteps, getattr(self, "sigmas", None)
         if not self._ready:
             return
@@ -139,11 +141,17 @@ class TableScheduler:
         schedule = self._schedule()
         if self._run is None:
             raise SchedulerError(f"{self._parent.__name__}: there are no timesteps yet; call set_timesteps first")
-        key = start, *options.items()
+        if self._run["mu"] is not None:
+            schedule = replace(schedule, use_dynamic_shifting=True)
+        run = self._run
+        return self._kept((start, *options.items()), lambda: make_table(schedule, None, start=start, **run, **options))
+
+    def _kept(self, key: Any, make: Callable[[], StepTable]) -> StepTable:
+        """A table that does not depend on the run, kept for the next one. The key says all it was made from."""
         if key not in self._tables:
-            if self._run["mu"] is not None:
-                schedule = replace(schedule, use_dynamic_shifting=True)
-            self._tables[key] = make_table(schedule, None, start=start, **self._run, **options)
+            if len(self._tables) >= 2048:
+                self._tables.clear()
+            self._tables[key] = make()
         return self._tables[key]
 
     def _stage(self, timestep: Any) -> int:
@@ -210,20 +218,33 @@ def refuse_integer(timestep: Any, name: str) -> None:
 
 def combine(row: Array, tensors: Sequence[Tensor]) -> Tensor:
     """sum_j row[j] * tensors[j] in one pass; with autograd where a gradient is asked for."""
+    return _sum(torch.tensor(row[None], device=tensors[0].device), tensors)
+
+
+def _sum(row: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return sum((float(c) * t for c, t in zip(row[1:], tensors[1:])), float(row[0]) * tensors[0])
-    return ops.lincomb(torch.tensor(row[None], device=tensors[0].device), 0, tensors)
+        first, *rest = row[0].tolist()
+        return sum((c * t for c, t in zip(rest, tensors[1:])), first * tensors[0])
+    return ops.lincomb(row, 0, tensors)
 
 
 def _combine(table: StepTable, stage: int, row: int, columns: Sequence[Tensor | None]) -> Tensor:
     """Row ``row`` of a stage, or with -1 its predicted picture. A column that is None counts as zero."""
-    coefficients = table.x0_rows[stage] if row < 0 else table.matrices[stage, row]
-    used = [j for j in np.flatnonzero(coefficients) if columns[j] is not None]
-    if row and len(used) == 1 and coefficients[used[0]] == 1:
-        return columns[used[0]]
-    # x leads: it gives the result its dtype and layout, and is not read where its coefficient is zero
-    used = [0, *(j for j in used if j)]
-    return combine(coefficients[used], [columns[j] for j in used])
+    x: Any = columns[0]
+    cache = table.__dict__.setdefault("_shell_rows", {})
+    key = stage, row, x.device, tuple(t is None for t in columns)
+    if key not in cache:
+        coefficients = table.x0_rows[stage] if row < 0 else table.matrices[stage, row]
+        used = [int(j) for j in np.flatnonzero(coefficients) if columns[j] is not None]
+        if not row or len(used) != 1 or coefficients[used[0]] != 1:
+            # x leads: it gives the result its dtype and layout, and is not read where its coefficient is zero
+            used = [0, *(j for j in used if j)]
+            cache[key] = used, torch.tensor(coefficients[None, used], device=x.device)
+        else:
+            cache[key] = used, None
+    used, weights = cache[key]
+    tensors: list[Any] = [columns[j] for j in used]
+    return tensors[0] if weights is None else _sum(weights, tensors)
 
 
 def floats(values: Any) -> list[float] | None:

@@ -22,15 +22,10 @@ from .base import SchedulerError, TableScheduler, combine, draw, parents, shell
 class _ByTime(TableScheduler):
     def _begin_run(self, given: dict[str, Any]) -> None:
         self._schedule()
-        self._tables = {}
 
-    def _one_step(self, make: Any, time: int, end: int, final_alpha: float, *options: Any) -> StepTable:
+    def _one_step(self, make: Any, *step: Any, options: tuple) -> StepTable:
         schedule = self._schedule()
-        key = time, end, *options
-        if key not in self._tables:
-            grid = one_step_grid(schedule, time, end, final_alpha)
-            self._tables[key] = make(schedule, grid, 0, *options)
-        return self._tables[key]
+        return self._kept((*step, *options), lambda: make(schedule, one_step_grid(schedule, *step), 0, *options))
 
     def _stride(self) -> int:
         if self.num_inference_steps is None:
@@ -50,7 +45,8 @@ class DDIMScheduler(_ByTime, parents.DDIMScheduler):
             raise SchedulerError("DDIMScheduler.step: both generator and variance_noise are given; give one")
         time = int(timestep)
         end = time - self._stride()
-        table = self._one_step(ddim_on, time, end, float(self.final_alpha_cumprod), eta, use_clipped_model_output)
+        table = self._one_step(ddim_on, time, end, float(self.final_alpha_cumprod),
+                               options=(eta, use_clipped_model_output))
         noise = (draw(model_output, generator) if variance_noise is None else variance_noise) if eta > 0 else None
         prev, _, x0 = self._advance(table, 0, sample, model_output, noise=noise)
         return self._finish(DDIMSchedulerOutput, return_dict, sample, model_output, prev, x0)
@@ -76,7 +72,7 @@ class DDPMScheduler(_ByTime, parents.DDPMScheduler):
             end = int(self.previous_timestep(timestep))
         except IndexError as error:
             raise SchedulerError(f"DDPMScheduler.step: timestep {time} is not one of scheduler.timesteps") from error
-        table = self._one_step(ddpm_on, time, end, 1.0, self._schedule().options["variance_type"], np.float32)
+        table = self._one_step(ddpm_on, time, end, 1.0, options=(self._schedule().options["variance_type"], np.float32))
         noise = draw(model_output, generator) if time > 0 else None
         prev, _, x0 = self._advance(table, 0, sample, model_output, noise=noise)
         return self._finish(DDPMSchedulerOutput, return_dict, sample, model_output, prev, x0)

@@ -23,7 +23,7 @@ class LMSDiscreteScheduler(TableScheduler, parents.LMSDiscreteScheduler):
              return_dict: bool = True) -> LMSDiscreteSchedulerOutput | tuple:
         """One step with the last ``order`` slopes."""
         stage = self._stage(timestep)
-        table = self._table(order=order)
+        table = self._table() if order == 4 else self._table(order=order)
         older: list[Tensor | None] = [*self.derivatives[::-1], *[None] * table.num_registers]
         prev, slopes, x0 = self._advance(table, stage, sample, model_output, older[:table.num_registers])
         self.derivatives = [*self.derivatives, slopes[0]][-order:]
@@ -117,8 +117,10 @@ class UniPCMultistepScheduler(_Multistep, parents.UniPCMultistepScheduler):
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor,
              return_dict: bool = True) -> SchedulerOutput | tuple:
         """The corrector of the step before and the predictor of this one."""
-        prev, new = self._multistep(self._stage(timestep), sample, model_output,
-                                    disable_corrector=tuple(self.disable_corrector))
+        # the attribute may have been changed since construction
+        changed = list(self.disable_corrector) != list(self.config.disable_corrector)
+        options: dict[str, Any] = {"disable_corrector": tuple(self.disable_corrector)} if changed else {}
+        prev, new = self._multistep(self._stage(timestep), sample, model_output, **options)
         dtype = self._dtype(sample, model_output)
         self.last_sample = new[0].to(dtype)
         self._remember(new[1], dtype)

@@ -25,10 +25,8 @@ class _Euler(TableScheduler):
         if self._run is not None or options:
             return self._table(**options), stage
         schedule = self._schedule()
-        if stage not in self._tables:
-            pair = floats(self.sigmas[stage:stage + 2])
-            self._tables[stage] = make_table(schedule, None, sigmas=pair)
-        return self._tables[stage], 0
+        return self._kept(("training", stage), lambda: make_table(
+            schedule, None, sigmas=floats(self.sigmas[stage:stage + 2]))), 0
 
 
 @shell
@@ -74,15 +72,12 @@ class LCMScheduler(TableScheduler, parents.LCMScheduler):
 
     def _begin_run(self, given: dict[str, Any]) -> None:
         # a step knows the next time of diffusers' list and nothing else: its table is made when it is reached
-        self._run, self._tables = {}, {}
-        self._levels = self.timesteps, None
+        self._run, self._levels = {}, (self.timesteps, None)
 
     def _pair(self, stage: int) -> StepTable:
         schedule = self._schedule()
-        if stage not in self._tables:
-            times = floats(self.timesteps[stage:stage + 2])
-            self._tables[stage] = make_table(schedule, None, timesteps=times)
-        return self._tables[stage]
+        times = tuple(self.timesteps[stage:stage + 2].tolist())
+        return self._kept(times, lambda: make_table(schedule, None, timesteps=times))
 
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, generator: Any = None,
              return_dict: bool = True) -> LCMSchedulerOutput | tuple:
