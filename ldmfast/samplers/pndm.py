@@ -12,8 +12,8 @@ from .spacing import alpha_at, alphas_at, check_steps, spaced_times
 from .step_table import StepTable, TableBuilder
 
 # Adams-Bashforth weights of the newest 1, 2, 3, 4 outputs (Liu et al. 2022, eq. 12, and its lower orders)
-WEIGHTS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24,
-                                                                               -9 / 24)}
+WEIGHTS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12),
+           4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
 
