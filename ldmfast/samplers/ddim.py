@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..errors import LdmfastError
 from .schedules import Schedule
-from .spacing import training_grid
+from .spacing import Grid, training_grid
 from .step_table import StepTable, TableBuilder
 
 
@@ -20,10 +20,16 @@ def ddim(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float] | 
     ``use_clipped_model_output`` recomputes eps from the clipped x0. Raises LdmfastError for eta outside [0,
     1] and for steps or lists that do not fit.
     """
-    if not 0 <= eta <= 1:
-        raise LdmfastError(f"ddim: eta={eta}, must be in [0, 1]")
     grid = training_grid(schedule, steps, timesteps, sigmas, next_in_list=False,
                          final_alpha=schedule.final_alpha_cumprod)
+    return ddim_on(schedule, grid, start, eta, use_clipped_model_output)
+
+
+def ddim_on(schedule: Schedule, grid: Grid, start: int = 0, eta: float = 0.0,
+            use_clipped_model_output: bool = False) -> StepTable:
+    """``ddim`` on a finished grid."""
+    if not 0 <= eta <= 1:
+        raise LdmfastError(f"ddim: eta={eta}, must be in [0, 1]")
     b = TableBuilder("ddim", schedule, clips=True)
     for i in range(start, len(grid.times)):
         a, a_prev = grid.alphas[i], grid.prev_alphas[i]

@@ -31,20 +31,20 @@ def deis(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float] | 
         raise LdmfastError("deis: log rho has no value at sigma 0; end the sigmas above it")
     level = Levels(schedule, grid.sigmas)
     n = len(grid.times)
-    b = TableBuilder("deis", schedule, registers=order - 1, clips=schedule.thresholding)
+    b = TableBuilder("deis", schedule, registers=max(order - 1, 1), clips=schedule.thresholding)
     rho = level.sigma / level.alpha
     for i in range(start, n):
         x0, eps = b.predict(level.alpha[i], level.sigma[i])
         if b.clip:
             eps = (b.x - level.alpha[i] * x0) / level.sigma[i]
         m = [eps, *b.r]
-        known = min(order, i - start + 1)
+        known = min(order, level.distinct(start, i))
         if lower_order_final and n < 15:
             known = min(known, n - i)
         nodes = rho[i - known + 1:i + 1][::-1]
         weights = _log_rho_weights(nodes, rho[i], rho[i + 1])
         row = level.alpha[i + 1] * (b.x / level.alpha[i] + sum(w * e for w, e in zip(weights, m)))
-        b.stage(grid.times[i], row, dict(enumerate(m[:order - 1])))
+        b.stage(grid.times[i], row, dict(enumerate(m[:len(b.r)])))
     return b.table(grid.times[start:], level.pairs(start), 1.0, start)
 
 

@@ -27,6 +27,14 @@ class Levels:
         with np.errstate(divide="ignore"):
             self.lam = np.log(self.alpha) - np.log(self.sigma)
 
+    def distinct(self, start: int, i: int) -> int:
+        """How many of the boundaries start..i, counted back from i, lie at different levels: an idle step (repeated
+        time) leaves two predictions at one lambda, between which there is no difference to take."""
+        k = 1
+        while i - k >= start and self.lam[i - k] < self.lam[i - k + 1]:
+            k += 1
+        return k
+
     def pairs(self, start: int) -> list[tuple[float, float]]:
         return [(float(a), float(s)) for a, s in zip(self.alpha[start:-1], self.sigma[start:-1])]
 
@@ -111,13 +119,13 @@ def _multistep(name: str, schedule: Schedule, steps: int | None, timesteps: Sequ
                            "final_sigmas_type='sigma_min'")
     level = Levels(schedule, grid.sigmas)
     n = len(grid.times)
-    b = TableBuilder(name, schedule, registers=order - 1, clips=schedule.thresholding)
+    b = TableBuilder(name, schedule, registers=max(order - 1, 1), clips=schedule.thresholding)
     for i in range(start, n):
         x0, eps = b.predict(level.alpha[i], level.sigma[i])
         if b.clip and not data:
             eps = (b.x - level.alpha[i] * x0) / level.sigma[i]
         m = [x0 if data else eps, *b.r]
-        this = min(order, i - start + 1)
+        this = min(order, level.distinct(start, i))
         short = lower_order_final and n < 15
         if level.lam[i + 1] == level.lam[i]:
             this = 1  # a repeated last sigma: an idle step, whose differences would be 0 / 0
@@ -128,7 +136,7 @@ def _multistep(name: str, schedule: Schedule, steps: int | None, timesteps: Sequ
         differences = _differences(level.lam, i, m, this)
         row = (_data_step(b, level, i, differences, solver_type, eta, third_order) if data else
                _noise_step(b, level, i, differences, solver_type, algorithm.startswith("sde")))
-        b.stage(grid.times[i], row, dict(enumerate(m[:order - 1])))
+        b.stage(grid.times[i], row, dict(enumerate(m[:len(b.r)])))
     return b.table(grid.times[start:], level.pairs(start), 1.0, start)
 
 

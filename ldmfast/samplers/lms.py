@@ -22,14 +22,14 @@ def lms(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float] | N
     if not 1 <= order <= 8:
         raise LdmfastError(f"lms: order={order}, must be in 1..8")
     grid = sigma_grid(schedule, steps, timesteps, sigmas)
-    b = TableBuilder("lms", schedule, registers=order - 1)
+    b = TableBuilder("lms", schedule, registers=max(order - 1, 1))
     for i in range(start, len(grid.times)):
         sigma = grid.sigmas[i]
         slopes = [(b.x - b.predict(1.0, sigma)[0]) / sigma, *b.r]
         known = min(order, i - start + 1)
         weights = _adams_bashforth(grid.sigmas[i - known + 1:i + 1][::-1], sigma, grid.sigmas[i + 1])
         row = b.x + sum(w * d for w, d in zip(weights, slopes))
-        b.stage(grid.times[i], row, dict(enumerate(slopes[:order - 1])), c_in=input_scale(sigma))
+        b.stage(grid.times[i], row, dict(enumerate(slopes[:len(b.r)])), c_in=input_scale(sigma))
     return b.table(grid.times[start:], sigma_levels(grid, start), start_sigma(schedule, grid), start)
 
 

@@ -12,9 +12,9 @@ from .spacing import alpha_at, alphas_at, check_steps, spaced_times
 from .step_table import StepTable, TableBuilder
 
 # Adams-Bashforth weights of the newest 1, 2, 3, 4 outputs (Liu et al. 2022, eq. 12, and its lower orders)
-_WEIGHTS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24,
-                                                                               -9 / 24)}
-_RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+WEIGHTS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12),
+           4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 
 
 def pndm(schedule: Schedule, steps: int | None, *, start: int = 0, skip_prk_steps: bool = True) -> StepTable:
@@ -57,15 +57,15 @@ def _multistep(b: TableBuilder, schedule: Schedule, times: Array, start: int, st
         older = min(3, i - start if warm else 3)
         outputs = [b.e, *b.r[1:1 + older]]
         shift = {1: b.e, 2: b.r[1], 3: b.r[2]}
-        e = np.sum([w * o for w, o in zip(_WEIGHTS[len(outputs)], outputs)], axis=0)
+        e = np.sum([w * o for w, o in zip(WEIGHTS[len(outputs)], outputs)], axis=0)
         if warm and i == start and len(times) > start + 1:
-            b.stage(time, _transfer(b, schedule, b.x, b.e, time, time - stride), {0: b.x, 1: b.e}, end=False)
+            b.stage(time, transfer(schedule, b.x, b.e, time, time - stride), {0: b.x, 1: b.e}, end=False)
             # the second evaluation is at the next time of the list; the step is redone with the mean slope
             again = times[i + 1]
             mean = (b.e + b.r[1]) / 2
-            b.stage(again, _transfer(b, schedule, b.r[0], mean, again + stride, again))
+            b.stage(again, transfer(schedule, b.r[0], mean, again + stride, again))
         else:
-            b.stage(time, _transfer(b, schedule, b.x, e, time, time - stride), shift)
+            b.stage(time, transfer(schedule, b.x, e, time, time - stride), shift)
 
 
 def _runge_kutta(b: TableBuilder, schedule: Schedule, times: Array, half: int) -> None:
@@ -73,19 +73,19 @@ def _runge_kutta(b: TableBuilder, schedule: Schedule, times: Array, half: int) -
         middle = following + half
         for k, (seen, end) in enumerate([(time, time - half), (middle, middle), (middle, following),
                                          (following, following)]):
-            total = _RUNGE_KUTTA[k] * b.e + (k > 0) * b.r[4]
+            total = RUNGE_KUTTA[k] * b.e + (k > 0) * b.r[4]
             registers = {4: total}
             if k == 0:
                 registers |= {0: b.x, 1: b.e, 2: b.r[1], 3: b.r[2]}
             base, slope = b.r[0] if k else b.x, total if k == 3 else b.e
-            b.stage(seen, _transfer(b, schedule, base, slope, time, end), registers, end=k == 3)
+            b.stage(seen, transfer(schedule, base, slope, time, end), registers, end=k == 3)
 
 
-def _transfer(b: TableBuilder, schedule: Schedule, x: Array, e: Array, time: float, end: float) -> Array:
+def transfer(schedule: Schedule, x: Array, e: Array, time: float, end: float) -> Array:
     """Liu et al. 2022, eq. 11: the state at ``end`` from the state and slope at ``time``."""
     a = alpha_at(schedule, time)
     a_end = alpha_at(schedule, end) if end >= 0 else schedule.final_alpha_cumprod
-    if b.prediction_type == "v_prediction":
+    if schedule.prediction_type == "v_prediction":
         e = a**0.5 * e + (1 - a) ** 0.5 * x
     elif a == 0:
         raise LdmfastError("pndm: epsilon prediction cannot start at zero terminal SNR; use v_prediction")

@@ -75,9 +75,10 @@ def compile_table(table: StepTable) -> Plan:
         return _Combination(slot, used, len(flat) - len(used))
 
     stages = []
+    live = _live_rows(table)
     for i in range(table.num_stages):
         moves, combinations = [], []
-        for slot, row in zip(slots, table.matrices[i]):
+        for slot, row in zip(slots, table.matrices[i] * live[i][:, None]):
             nonzero = np.flatnonzero(row)
             if nonzero.size == 1 and row[nonzero[0]] == 1:
                 if nonzero[0] != slot:
@@ -86,7 +87,7 @@ def compile_table(table: StepTable) -> Plan:
                 combinations.append(combination(slot, row))
         scale = None if table.c_in[i] == 1 else combination(0, table.c_in[i] * np.eye(len(columns))[0])
         x0 = None
-        if table.x0_rows is not None and table.x0_rows[i].any():
+        if table.clip is not None and table.x0_rows[i].any():
             x0 = combination(columns.index("x0"), table.x0_rows[i])
         step = int(table.step_index[i])
         stages.append(_Stage(
@@ -96,6 +97,16 @@ def compile_table(table: StepTable) -> Plan:
     plan = Plan(tuple(stages), torch.tensor(flat, dtype=torch.float64))
     table.__dict__["_plan"] = plan
     return plan
+
+
+def _live_rows(table: StepTable) -> np.ndarray:
+    """(stages, 1 + registers) bool: x, and the registers that a later stage reads; the others are not made."""
+    first = len(table.columns) - table.num_registers
+    live = np.ones((table.num_stages + 1, 1 + table.num_registers), dtype=bool)
+    live[-1, 1:] = False
+    for i in reversed(range(table.num_stages)):
+        live[i, 1:] = (table.matrices[i][live[i + 1]][:, first:] != 0).any(axis=0)
+    return live[1:]
 
 
 def sample(denoise: Denoiser, x: Tensor, schedule: Schedule | None = None, solver: str | None = "dpmpp_2m",

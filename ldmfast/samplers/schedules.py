@@ -127,10 +127,11 @@ class Schedule:
     def betas(self) -> Array:
         """(num_train_timesteps,) float64 noise variances of the forward process."""
         n, lo, hi = self.num_train_timesteps, self.beta_start, self.beta_end
+        betas: Array
         if self.trained_betas is not None:
             betas = np.asarray(self.trained_betas, dtype=np.float64)
         elif self.beta_schedule == "linear":
-            betas = np.linspace(lo, hi, n)
+            betas = np.linspace(lo, hi, n, dtype=np.float64)
         elif self.beta_schedule == "scaled_linear":
             betas = np.linspace(lo**0.5, hi**0.5, n) ** 2
         elif self.beta_schedule == "sigmoid":

@@ -125,12 +125,25 @@ def training_grid(schedule: Schedule, steps: int | None, timesteps: Sequence[flo
     return Grid(times, levels, alphas, prev)
 
 
+def one_step_grid(schedule: Schedule, time: int, end: int, final_alpha: float) -> Grid:
+    """The single step from training timestep ``time`` to ``end``; an end below 0 is at abar ``final_alpha``."""
+    n = schedule.num_train_timesteps
+    if not 0 <= time < n or end >= n:
+        raise LdmfastError(f"timestep {time if not 0 <= time < n else end} is not in the model's 0..{n - 1}")
+    abar, end_abar = alpha_at(schedule, time), final_alpha if end < 0 else alpha_at(schedule, end)
+    with np.errstate(divide="ignore"):
+        levels = np.sqrt(1 / np.array([abar, end_abar]) - 1)
+    return Grid(np.array([float(time)]), levels, np.array([abar]), np.array([end_abar]))
+
+
 def explicit_sigmas(sigmas: Sequence[float]) -> Array:
-    """A given sigma list: steps + 1 falling values, the last (often 0) is where the run ends."""
-    levels = check_list(sigmas, "sigmas", 0, math.inf)
-    if levels.size < 2:
+    """A given sigma list: steps + 1 falling values, the last (often 0) is where the run ends; it may repeat the one
+    before (an idle step)."""
+    if np.size(sigmas) < 2:
         raise LdmfastError("sigmas: needs at least two values, the start and the end of one step")
-    return levels
+    idle = sigmas[-1] == sigmas[-2]
+    levels = check_list(sigmas[:-1] if idle else sigmas, "sigmas", 0, math.inf)
+    return np.append(levels, levels[-1]) if idle else levels
 
 
 def sigma_grid(schedule: Schedule, steps: int | None, timesteps: Sequence[float] | None,
@@ -186,11 +199,15 @@ def log_snr_grid(schedule: Schedule, steps: int | None, timesteps: Sequence[floa
         times = times.round() if rounds else np.trunc(times)
         if last == "repeat" or (last == "unipc" and schedule.final_sigmas_type == "sigma_min"):
             final = float(levels[-1])
-    return _vp_grid(times, np.append(levels, final))
+    # many steps over few training times repeat some: idle steps, which these solvers know
+    return _vp_grid(times, np.append(levels, final), strict=False)
 
 
-def _vp_grid(times: Array, levels: Array) -> Grid:
-    if (np.diff(levels[:-1]) >= 0).any() or levels[-1] > levels[-2]:
+def _vp_grid(times: Array, levels: Array, strict: bool = True) -> Grid:
+    if math.isclose(levels[-1], levels[-2], rel_tol=1e-12):
+        levels[-1] = levels[-2]  # an end that repeats the last start, but for rounding
+    steps = np.diff(levels[:-1])
+    if ((steps >= 0) if strict else (steps > 0)).any() or levels[-1] > levels[-2]:
         raise LdmfastError(f"steps={len(times)}: the noise levels do not fall ({len(times)} steps are too "
                            "many for this spacing, or sigma_min and sigma_max are exchanged)")
     abar = 1 / (1 + levels**2)
@@ -214,7 +231,7 @@ def respace(schedule: Schedule, sigma_max: float, sigma_min: float, n: int) -> A
     hi = float(sigma_max if schedule.sigma_max is None else schedule.sigma_max)
     if not 0 < lo <= hi or not math.isfinite(hi):
         raise LdmfastError(f"schedule: sigma range {lo:g}..{hi:g} is not a range of positive numbers")
-    ramp = np.linspace(0, 1, n)
+    ramp: Array = np.linspace(0, 1, n, dtype=np.float64)
     if schedule.sigma_spacing == "karras":
         return (hi ** (1 / 7) + ramp * (lo ** (1 / 7) - hi ** (1 / 7))) ** 7
     if schedule.sigma_spacing == "beta":
@@ -319,10 +336,11 @@ def flow_grid(schedule: Schedule, steps: int | None, timesteps: Sequence[float] 
 
 def _flow_levels(schedule: Schedule, steps: int, kind: str) -> Array:
     n = schedule.num_train_timesteps
+    even: Array = np.linspace(1, 1 / n, steps + 1, dtype=np.float64)
     if kind == "match":
         # the range ends at the already shifted sigma of training time 1, and is shifted again below
         low = 1 / n if schedule.use_dynamic_shifting else float(shifted(schedule, np.array(1 / n)))
-        return shifted(schedule, np.linspace(1.0, low, steps))
+        return shifted(schedule, np.linspace(1.0, low, steps, dtype=np.float64))
     if kind == "unipc":
-        return shifted(schedule, np.linspace(1, 1 / n, steps + 1)[:-1])
-    return shifted(schedule, 1 - np.linspace(1, 1 / n, steps + 1))[::-1][:-1].copy()
+        return shifted(schedule, even[:-1])
+    return shifted(schedule, 1 - even)[::-1][:-1].copy()

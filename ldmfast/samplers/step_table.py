@@ -51,6 +51,7 @@ class StepTable:
     columns: names of the inputs of a stage: "x", the predictions ("e", or "uncond" and "cond" once guided),
     "noise", "x0" (only with ``clip``: the limited data prediction, made from ``x0_rows``), "r0", "r1", ...
     matrices: (stages, 1 + registers, columns) float64. network_times, c_in: (stages,) float64.
+    x0_rows: (stages, columns) float64, the predicted picture before ``clip`` (zeros where a solver has none).
     step_index: (stages,) which step a stage belongs to, counted from 0 at the start of the run.
     timesteps: (steps,) the solver's own time at the start of each step.
     noise_levels: (steps + 1, 2): x_t = a * x0 + s * noise at the boundary before each step; the last row is
@@ -67,10 +68,10 @@ class StepTable:
     timesteps: Array
     noise_levels: Array
     init_noise_sigma: float
+    x0_rows: Array
     start: int = 0
     predictions: tuple[str, ...] = ("e",)
     clip: Clip | None = None
-    x0_rows: Array | None = None
 
     @property
     def num_stages(self) -> int:
@@ -102,7 +103,7 @@ class StepTable:
     def _reads(self, name: str) -> np.ndarray:
         column = self.columns.index(name)
         reads = (self.matrices[:, :, column] != 0).any(axis=1)
-        return reads if self.x0_rows is None else reads | (self.x0_rows[:, column] != 0)
+        return reads if self.clip is None else reads | (self.x0_rows[:, column] != 0)
 
     def with_guidance(self, scale: float | Sequence[float]) -> StepTable:
         """This table with classifier-free guidance folded in (Ho & Salimans 2022, eq. 6).
@@ -139,7 +140,7 @@ class StepTable:
         return replace(
             self, columns=(*self.columns[:at], *names, *self.columns[at + 1:]), predictions=names,
             matrices=split(self.matrices, weights[:, None, :]),
-            x0_rows=None if self.x0_rows is None else split(self.x0_rows, weights))
+            x0_rows=split(self.x0_rows, weights))
 
     def with_network_times(self, times: Sequence[float]) -> StepTable:
         """This table with other times shown to the network: one a stage, or one a step for all its stages."""
@@ -226,10 +227,8 @@ class TableBuilder:
             eps = alpha / s * self.e + sigma / s * (x / s)
         else:
             x0, eps = x - sigma * self.e, x + alpha * self.e
-        if self._clipped is None:
-            return x0, eps
         self._x0_row = x0
-        return self._clipped, eps
+        return (x0 if self._clipped is None else self._clipped), eps
 
     def stage(self, time: float, x: Array, registers: dict[int, Array] | None = None, *, c_in: float = 1.0,
               end: bool = True) -> None:
@@ -250,7 +249,6 @@ class TableBuilder:
         """The finished table; noise_levels at the start of each step run, the end (1, 0) is added."""
         n = len(self.columns)
         matrices = np.stack(self._rows) if self._rows else np.zeros((0, 1 + len(self.r), n))
-        self._drop_dead_registers(matrices)
         levels = np.array([*noise_levels, (1.0, 0.0)], dtype=np.float64)
         if not np.isfinite(matrices).all():
             stage = int(np.argwhere(~np.isfinite(matrices))[0][0])
@@ -262,12 +260,4 @@ class TableBuilder:
             step_index=np.array(self._steps, dtype=np.int64),
             timesteps=_frozen(np.array(timesteps, dtype=np.float64)), noise_levels=_frozen(levels),
             init_noise_sigma=float(init_noise_sigma), start=start, clip=self.clip,
-            x0_rows=_frozen(np.array(self._x0_rows).reshape(-1, n)) if self.clip else None)
-
-    def _drop_dead_registers(self, matrices: Array) -> None:
-        """Zero the rows of registers that no later stage reads: the runner skips them."""
-        first = len(self.columns) - len(self.r)
-        live = np.zeros(len(self.r), dtype=bool)
-        for rows in matrices[::-1]:
-            rows[1:][~live] = 0
-            live = (rows[:, first:] != 0).any(axis=0)
+            x0_rows=_frozen(np.array(self._x0_rows).reshape(-1, n)))

@@ -46,7 +46,7 @@ def unipc(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float] |
         if i > start and i - 1 not in disable_corrector:
             x = _update(level, i - 1, b.r[0], m[1:], m[0], last_order, solver_type, predict_x0)
         last_order = min(order, n - i) if lower_order_final else order
-        last_order = min(last_order, i - start + 1)
+        last_order = min(last_order, level.distinct(start, i))
         if grid.sigmas[i + 1] == 0 or level.lam[i + 1] == level.lam[i]:
             last_order = 1  # an infinite or an idle step has no differences
         row = _update(level, i, x, m, None, last_order, solver_type, predict_x0)

@@ -104,7 +104,7 @@ def unfold(table: StepTable, x: Tensor, predict: Callable[[Tensor, float, int], 
         if table.needs_noise[i]:
             assert noise is not None
             states["noise"] = noise[i]
-        if table.x0_rows is not None:
+        if table.clip is not None:
             raw = sum(float(c) * states[k] for k, c in zip(table.columns, table.x0_rows[i]))
             states["x0"] = table.clip(raw)
         new = [sum(float(c) * states[k] for k, c in zip(table.columns, row)) for row in table.matrices[i]]

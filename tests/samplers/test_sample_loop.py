@@ -19,6 +19,7 @@ from ldmfast.samplers import (
     start_step,
 )
 from ldmfast.samplers.configs import ALIASES, CLASS_DEFAULTS
+from ldmfast.samplers.sample import compile_table
 
 FLOW = Schedule(flow=True, prediction_type="flow_prediction", shift=3.0)
 
@@ -44,6 +45,32 @@ def test_loop_equals_table(solver: str) -> None:
     assert relative_error([result], [expected[-1]]) < 1e-13
     assert len(seen) == table.num_steps == 12
     assert relative_error(seen, ends) < 1e-13
+
+
+def test_registers_that_nobody_reads_are_not_made() -> None:
+    """The table keeps every register (diffusers' ``model_outputs``); the runner computes what a later stage reads."""
+    table = make_table(Schedule(), "dpmpp_2m", 6)
+    stages = compile_table(table).stages
+    assert table.matrices[-1, 1].any()
+    assert [len(s.combinations) for s in stages] == [2] * 4 + [1, 1]  # the last step is of order 1: no history
+    first_order = make_table(Schedule(), "dpmpp_2m", 6, order=1)
+    assert all(len(s.combinations) == 1 and not s.moves for s in compile_table(first_order).stages)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_x0_rows_are_the_data_prediction(solver: str) -> None:
+    """The picture a stage predicts: from x = a x0 + s eps and the exact eps it is x0."""
+    table = make_table(schedule_for(solver), solver, 5)
+    if solver in ("pndm", "flow_euler", "flow_heun"):
+        assert not table.x0_rows.any()  # steps in the noise or the velocity alone
+        return
+    picture, eps = noises(2)
+    for stage in np.flatnonzero(np.append(True, table.step_end[:-1])):
+        a, s = table.noise_levels[table.step_index[stage]]
+        values = dict(zip(table.columns, [a * picture + s * eps, eps]))
+        row = dict(zip(table.columns, table.x0_rows[stage]))
+        assert not any(row[c] for c in table.columns[2:])
+        assert (row["x"] * values["x"] + row["e"] * eps - picture).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
