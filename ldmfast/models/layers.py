@@ -177,7 +177,20 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
-class Attention(nn.Module):
+class Joined(nn.Module):
+    """A module some of whose linears share an input and can become one product."""
+
+    joins: tuple[str, ...]  # the layers that share an input, in the order in which ``join`` puts them side by side
+    joined: str  # the name of what ``join`` makes
+
+    def join(self) -> None:
+        """Makes one layer of those that share an input, once; theirs are None afterwards."""
+        setattr(self, self.joined, Linear.join([getattr(self, n) for n in self.joins]))
+        for n in self.joins:
+            setattr(self, n, None)
+
+
+class Attention(Joined):
     """Multi-head attention on tokens (N, T, C); keys and values come from the tokens or from a context."""
 
     slot = -1  # position of this block's prompt keys and values in a UNet's per-call state
@@ -192,27 +205,13 @@ class Attention(nn.Module):
         self.heads = heads
         self.head_dim = head_dim
         self.context_dim = context_dim
+        self.joins = ("to_q", "to_k", "to_v") if context_dim is None else ("to_k", "to_v")
+        self.joined = "to_qkv" if context_dim is None else "to_kv"
         self.to_q = Linear(dim, inner, bias=bias)
         self.to_k = Linear(context_dim or dim, inner, bias=bias)
         self.to_v = Linear(context_dim or dim, inner, bias=bias)
         self.to_out = nn.ModuleList([Linear(inner, dim)])
         self.to_qkv = self.to_kv = None
-
-    @property
-    def joins(self) -> tuple[str, ...]:
-        """The layers that share an input, in the order in which ``join`` puts them side by side."""
-        return ("to_q", "to_k", "to_v") if self.context_dim is None else ("to_k", "to_v")
-
-    @property
-    def joined(self) -> str:
-        """The name of what ``join`` makes."""
-        return "to_qkv" if self.context_dim is None else "to_kv"
-
-    def join(self) -> None:
-        """Makes one layer of those that share an input, once; theirs are None afterwards."""
-        setattr(self, self.joined, Linear.join([getattr(self, n) for n in self.joins]))
-        for n in self.joins:
-            setattr(self, n, None)
 
     @property
     def entry(self) -> Linear:
