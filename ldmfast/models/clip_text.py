@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import LdmfastError, ShapeError
 from .base import Config, Model, unsupported
+from .direct import Direct
 from .gemm import Linear
 from .layers import Joined, LayerNorm
 
@@ -79,7 +80,7 @@ class ProjectedTextOutput(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class _Embeddings(nn.Module):
+class _Embeddings(Direct):
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -110,7 +111,7 @@ class _Attention(Joined):
         return self.out_proj(ops.attention(q, k, v, causal=True, bias=bias).flatten(2), residual)
 
 
-class _MLP(nn.Module):
+class _MLP(Direct):
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
@@ -121,7 +122,7 @@ class _MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)), residual)
 
 
-class _Layer(nn.Module):
+class _Layer(Direct):
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)

@@ -52,10 +52,12 @@ def cost(x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor | None
 
 def cases() -> Iterator[Case]:
     def make(shape: tuple[int, ...], groups: int, *, layout: str = "contiguous", affine: bool = True,
-             shift: bool = False, silu: bool = True, eps: float = 1e-5, offset: float = 0.3):
+             shift: bool = False, silu: bool = True, eps: float = 1e-5, offset: float = 0.3,
+             shift_layout: str = "contiguous"):
         def draw(d: Draw) -> tuple:
             n, c = shape[:2]
-            return (d.normal(*shape, layout=layout, offset=offset), d.normal(n, c) if shift else None, groups,
+            return (d.normal(*shape, layout=layout, offset=offset),
+                    d.normal(n, c, layout=shift_layout) if shift else None, groups,
                     d.normal(c, offset=1.0, scale=0.2) if affine else None,
                     d.normal(c, scale=0.2) if affine else None, eps, silu)
         return draw
@@ -80,6 +82,8 @@ def cases() -> Iterator[Case]:
     yield case("far_mean", "channels_last", make((1, 32, 16, 16), 8, layout=cl, offset=30.0))
     yield case("misaligned", "view", make((2, 32, 9, 5), 8, layout="view", shift=True))
     yield case("sliced", "view", make((2, 32, 9, 5), 8, layout="slice"))
+    yield case("shift_of_a_wider_row", "view channels_last",
+               make((2, 32, 9, 5), 8, layout=cl, shift=True, shift_layout="slice"))
     yield case("no_batch", "empty", make((0, 32, 8, 8), 8))
     yield case("no_pixels", "empty", make((2, 32, 0, 8), 8, layout=cl))
 
