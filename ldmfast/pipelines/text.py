@@ -39,6 +39,9 @@ class PromptEmbeds:
     states: torch.Tensor
     pooled: torch.Tensor | None = None
 
+    def __getitem__(self, rows: slice | torch.Tensor) -> PromptEmbeds:
+        return PromptEmbeds(self.states[rows], None if self.pooled is None else self.pooled[rows])
+
     def repeat(self, times: int) -> PromptEmbeds:
         """Each prompt ``times`` times in a row."""
         pooled = None if self.pooled is None else self.pooled.repeat_interleave(times, 0)
@@ -89,7 +92,7 @@ def _encode_one(encoder: TextEncoder, prompts: list[str], clip_skip: int | None)
 def encode_prompts(
     encoders: tuple[TextEncoder, ...], prompts: list[str], *, clip_skip: int | None = None, one_by_one: bool = False
 ) -> PromptEmbeds:
-    """Encode prompts with every encoder and join their states along the width.
+    """Encode prompts with every encoder and join their states along the width; equal prompts are encoded once.
 
     clip_skip counts hidden layers left out at the end, as in diffusers. one_by_one encodes each prompt alone, so
     that its embedding does not depend on its neighbours to the last bit.
@@ -98,13 +101,13 @@ def encode_prompts(
         layers = min(int(e.model.config.num_hidden_layers) for e in encoders)
         if not 0 <= clip_skip < layers:
             raise LdmfastError(f"clip_skip={clip_skip} leaves nothing of {layers} layers: choose 0 to {layers - 1}")
-    groups = [[p] for p in prompts] if one_by_one else [prompts]
+    distinct = list(dict.fromkeys(prompts))
+    groups = [[p] for p in distinct] if one_by_one else [distinct]
     embeds = []
     with torch.inference_mode():
         for group in groups:
             parts = [_encode_one(e, group, clip_skip) for e in encoders]
             embeds.append(PromptEmbeds(torch.cat([p[0] for p in parts], dim=-1), parts[-1][1]))
-    if len(embeds) == 1:
-        return embeds[0]
-    pooled = None if embeds[0].pooled is None else torch.cat([e.pooled for e in embeds if e.pooled is not None])
-    return PromptEmbeds(torch.cat([e.states for e in embeds]), pooled)
+        pooled = None if embeds[0].pooled is None else torch.cat([e.pooled for e in embeds if e.pooled is not None])
+        rows = PromptEmbeds(torch.cat([e.states for e in embeds]), pooled)
+        return rows if distinct == prompts else rows[torch.tensor([distinct.index(p) for p in prompts])]
