@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._load import keep_freed_memory
+from .direct import Direct
 
 _SCHEMAS = {
     "mkldnn::_linear_pointwise": "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> "
@@ -197,7 +198,7 @@ def _float(x: Quantized, dtype: torch.dtype) -> Tensor:
     return ((x.values.float() - x.zero_point) * x.scale).to(dtype)
 
 
-class Linear(nn.Linear):
+class Linear(Direct, nn.Linear):
     """x W^T + b (+ residual). W is an ordinary parameter until ``pack`` or ``quantize``."""
 
     int8: Int8Weight | None
@@ -266,7 +267,7 @@ class Linear(nn.Linear):
         return whole
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(Direct, nn.Conv2d):
     """Convolution of (N, C, H, W), channels-last, plus bias (and residual), padded with zeros."""
 
     int8: Int8Weight | None

@@ -94,17 +94,18 @@ _call = register(Op("group_norm_silu", "(Tensor x, Tensor? shift, int num_groups
 
 def check(op: str, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None,
           shift: Tensor | None) -> None:
-    if x.ndim < 2:
+    shape = x.shape
+    if len(shape) < 2:
         raise ShapeError(f"{op}: x has {x.ndim} dimensions, needs (N, C, *spatial)")
-    c = x.shape[1]
+    c = shape[1]
     if num_groups < 1 or c % num_groups:
         raise ShapeError(f"{op}: {c} channels do not split into {num_groups} groups; "
                          "give a number of groups that divides the channels")
     for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and (p.ndim != 1 or p.shape[0] != c):
+        if p is not None and p.shape != (c,):
             raise ShapeError(f"{op}: {name} has shape {shape_of(p)}, needs ({c},)")
-    if shift is not None and (shift.ndim != 2 or shift.shape[0] != x.shape[0] or shift.shape[1] != c):
-        raise ShapeError(f"{op}: shift has shape {shape_of(shift)}, needs ({x.shape[0]}, {c})")
+    if shift is not None and shift.shape != (shape[0], c):
+        raise ShapeError(f"{op}: shift has shape {shape_of(shift)}, needs ({shape[0]}, {c})")
 
 
 def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
