@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401 - imported lazily otherwise, within the time
+from transformers import CLIPTokenizer  # noqa: F401 - imported lazily otherwise, within the time
 
 
 def resident(key: str) -> int:

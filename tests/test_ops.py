@@ -194,14 +194,17 @@ def fuzz_conv(row, n, c, out, h, w, kernel, stride, padding, upsample, residual,
     if min(sizes) < 1:
         return
 
+    def whole(d, *shape, layout="contiguous"):  # numbers whose products and sums are exact: only the result is rounded
+        return place(d.normal(*shape, scale=2.0).round(), layout)
+
     def make(d):
-        weight = d.normal(out, c, kernel, kernel)
-        more = d.normal(n, out, *sizes, layout=layout) if residual else None
+        more = whole(d, n, out, *sizes, layout=layout) if residual else None
         if row == "conv2d":
-            head = d.normal(n, c, h, w, layout=layout), pack_weight.reference(weight)
+            head = whole(d, n, c, h, w, layout=layout), pack_weight.reference(whole(d, out, c, kernel, kernel))
         else:
-            head = *conv2d_q8.draw_codes(d, n, c, h, w, layout=layout), *conv2d_q8.draw_weight(d, *weight.shape)
-        return (*head, d.normal(out), more, out, kernel, stride, padding, upsample)
+            head = (*conv2d_q8.draw_codes(d, n, c, h, w, layout=layout),
+                    *conv2d_q8.draw_weight(d, out, c, kernel, kernel))
+        return (*head, whole(d, out), more, out, kernel, stride, padding, upsample)
 
     holds(row, make, dtype)
 

@@ -1,7 +1,7 @@
 // What becomes of a block of sums: out = sum * scale + shift (+ residual), rounded to the output's type.
 #pragma once
 
-#include "dispatch.h"
+#include "activation.h"
 #include "product.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
@@ -13,6 +13,17 @@ inline void store_two(bf16* p, F a, F b) {
   store(p, a);
   store(p + kLanes<float>, b);
 #endif
+}
+inline void store_one(bf16* p, F v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  store(p, v);
+#endif
+}
+template <class T>
+inline void store_one(T* p, Vector<Acc<T>> v) {
+  store(p, v);
 }
 template <class T>
 inline void store_two(T* p, Vector<Acc<T>> a, Vector<Acc<T>> b) {
@@ -80,11 +91,67 @@ struct Outputs {
   }
 };
 
+// Panels of 16 values and their 16 gates: out = value * gate * Phi(gate), each of them sum * scale + shift.
+template <class Sum, class T>
+struct GatedOutputs {
+  typedef Vector<Acc<T>> V;
+  static constexpr int L = kLanes<Acc<T>>;
+
+  Outputs<Sum, T> both;  // its shift, scale and correction in the order of the panels
+  T* to;
+  int64_t columns;
+
+  void prefetch(int64_t pixel, int64_t column) const { __builtin_prefetch(to + pixel * columns + column / 2, 1); }
+  void row(const Sum* c, int64_t pixel, int64_t column) const {
+    T* const y = to + pixel * columns + column / 2;
+    const int64_t here = std::min<int64_t>(kTile, columns - column / 2);
+    for (int j = 0; j < here; j += L) {
+      const V value = both.value(c + j, column + j), gate = both.value(c + kTile + j, column + kTile + j);
+      const V out = value * gelu_of<T>(gate);
+      if (here - j >= L)
+        store_one(y + j, out);
+      else
+        store(y + j, out, int(here - j));
+    }
+  }
+};
+
+// Tokens as an image of one pixel a line.
+inline Convolution tokens(const Rows& rows, int64_t outputs) {
+  Convolution c;
+  c.channels = rows.columns;
+  c.h = rows.count;
+  c.w = 1;
+  c.outputs = outputs;
+  c.line = c.pixel = rows.stride;
+  return c;
+}
+
+// The dtype of what 8-bit codes give: the first tensor's that is there, else bf16.
+inline int32_t output_dtype(const OptionalTensor& first, const OptionalTensor& second = std::nullopt) {
+  int32_t dtype = aoti_torch_dtype_bfloat16();
+  for (const OptionalTensor* t : {&second, &first})
+    if (t->has_value()) TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype((*t)->get(), &dtype));
+  return dtype;
+}
+
 // Numbers of a parameter, one for each output of the panels; `absent` beyond them.
 template <class A>
 inline std::vector<A> for_panels(const OptionalTensor& p, int64_t outputs, A absent) {
   std::vector<A> out = parameters<A>(p, 1, outputs, absent);
   out.resize(size_t(up(outputs, kOutputs)), absent);
+  return out;
+}
+
+// The same for values and gates, half of the numbers each, in the order of GatedOutputs.
+template <class A>
+inline std::vector<A> for_gated_panels(const OptionalTensor& p, int64_t columns) {
+  const std::vector<A> plain = parameters<A>(p, 1, 2 * columns, A(0));
+  std::vector<A> out(size_t(2 * up(columns, kTile)), A(0));
+  for (int64_t i = 0; i < 2 * columns; ++i) {
+    const int64_t half = i / columns, j = i % columns;
+    out[size_t(j / kTile * kOutputs + half * kTile + j % kTile)] = plain[size_t(i)];
+  }
   return out;
 }
 

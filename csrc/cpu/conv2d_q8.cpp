@@ -3,17 +3,6 @@
 #include "common/stable.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
-namespace {
-
-// The output's dtype: the residual's, else the bias's, else bf16.
-int32_t dtype_of(const OptionalTensor& bias, const OptionalTensor& residual) {
-  int32_t dtype = aoti_torch_dtype_bfloat16();
-  if (residual.has_value() || bias.has_value())
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype((residual.has_value() ? *residual : *bias).get(), &dtype));
-  return dtype;
-}
-
-}  // namespace
 
 Tensor conv2d_q8(const Tensor& q, const Tensor& scale, const Tensor& zero_point, const Tensor& weight,
                  const Tensor& weight_scale, const Tensor& weight_sums, const OptionalTensor& bias,
@@ -21,7 +10,7 @@ Tensor conv2d_q8(const Tensor& q, const Tensor& scale, const Tensor& zero_point,
                  bool upsample) {
   const Tensor image = pixels_of(q), more = residual.has_value() ? pixels_of(*residual) : image;
   const Convolution c = convolution_of(q, out_channels, kernel, stride, padding, upsample);
-  const Tensor y = empty_image(q, c, dtype_of(bias, residual));
+  const Tensor y = empty_image(q, c, output_dtype(residual, bias));
   if (y.numel() == 0) return y;
   const int32_t zero = *data<int32_t>(zero_point);
   dispatch(y, [&](auto tag) {

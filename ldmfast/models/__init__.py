@@ -3,6 +3,7 @@ share."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..quantization import Plan
 from .autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Posterior
 from .autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from .base import Config, Model
+from .clip_text import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from .unet_2d import UNet2D
 from .unet_2d_condition import UNet2DCondition
 from .unet_config import UNet2DConditionConfig, UNet2DConfig
@@ -27,33 +29,40 @@ REGISTRY: dict[str, tuple[type[Config], type[Model]]] = {
     "AutoencoderTiny": (AutoencoderTinyConfig, AutoencoderTiny),
     "VQModel": (VQModelConfig, VQModel),
 }
+# the same for transformers' text encoders
+TEXT_ENCODERS: dict[str, tuple[type[Config], type[Model]]] = {
+    "CLIPTextModel": (CLIPTextConfig, CLIPTextModel),
+    "CLIPTextModelWithProjection": (CLIPTextConfig, CLIPTextModelWithProjection),
+}
 
 
 def from_diffusers(module: nn.Module, dtype: torch.dtype | None = None, precision: str = "exact") -> Model:
-    """The native model of a diffusers model, sharing the storage of its parameters.
+    """The native model of a diffusers model, or of transformers' text encoder, sharing the storage of its parameters.
 
-    module: an instance of a class named in REGISTRY, or of a subclass. dtype: converts (and so copies) the
-    weights. precision: "exact" (the weights' own dtype), "bf16", or "int8" (W8A8 products, the rest in bf16; a
+    module: an instance of a class named in REGISTRY or TEXT_ENCODERS, or of a subclass. dtype: converts (and so copies)
+    the weights. precision: "exact" (the weights' own dtype), "bf16", or "int8" (W8A8 products, the rest in bf16; a
     linear or convolution is left in bf16 where ``quantization.can_be_int8`` says so).
     Raises CheckpointError for another class or an unsupported config, PrecisionError for another precision.
     """
     if precision not in ("exact", "bf16", "int8"):
         raise PrecisionError(f"precision {precision!r} is not available here; choose 'exact', 'bf16' or 'int8'")
     names = [c.__name__ for c in type(module).__mro__]
-    found = next((n for n in names if n in REGISTRY), None)
+    kinds = REGISTRY | TEXT_ENCODERS
+    found = next((n for n in names if n in kinds), None)
     if found is None:
-        raise CheckpointError(f"{names[0]} has no native model; there are {', '.join(REGISTRY)}")
-    settings: Any = module.config
+        raise CheckpointError(f"{names[0]} has no native model; there are {', '.join(kinds)}")
+    given: Any = module.config
+    settings = dict(given) if isinstance(given, Mapping) else given.to_dict()
     weights = module.state_dict()
-    build = REGISTRY[found][1].from_weights
+    build = kinds[found][1].from_weights
     wanted = dtype or (None if precision == "exact" else torch.bfloat16)
-    return build(dict(settings), weights, pack=wanted is not None, int8=Plan() if precision == "int8" else None,
+    return build(settings, weights, pack=wanted is not None, int8=Plan() if precision == "int8" else None,
                  dtype=wanted)
 
 
 __all__ = [
-    "REGISTRY", "AutoencoderKL", "AutoencoderKLConfig", "AutoencoderTiny",
-    "AutoencoderTinyConfig", "Config", "Model", "Posterior", "UNet2D",
+    "REGISTRY", "TEXT_ENCODERS", "AutoencoderKL", "AutoencoderKLConfig", "AutoencoderTiny", "AutoencoderTinyConfig",
+    "CLIPTextConfig", "CLIPTextModel", "CLIPTextModelWithProjection", "Config", "Model", "Posterior", "UNet2D",
     "UNet2DCondition", "UNet2DConditionConfig", "UNet2DConfig", "UNetState", "VQModel",
     "VQModelConfig", "from_diffusers",
 ]

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..ops._load import keep_freed_memory
 from ..quantization import Plan
 from .gemm import Conv2d, Linear, rows_to_int8
-from .layers import Attention
+from .layers import Joined
 
 C = TypeVar("C", bound="Config")
 M = TypeVar("M", bound="Model")
@@ -193,7 +193,7 @@ class _Unit:
 
     def settle(self, model: nn.Module, int8: Plan | None, dtype: torch.dtype | None) -> None:
         name, module = self.module, model.get_submodule(self.module)
-        if isinstance(module, Attention):
+        if isinstance(module, Joined):
             module.join()
             name = f"{name}.{module.joined}"
             module = model.get_submodule(name)
@@ -211,7 +211,7 @@ def _units(model: nn.Module) -> dict[str, _Unit]:
     """Parameter name -> its unit, for everything that is packed."""
     units: dict[str, _Unit] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Joined):
             parts = [f"{path}.{n}." for n in module.joins]
             names = {f"{path}.{n}" for n, _ in module.named_parameters() if f"{path}.{n}".startswith(tuple(parts))}
         elif isinstance(module, (Linear, Conv2d)) and f"{path}.weight" not in units:
@@ -237,9 +237,3 @@ def check_complete(model: str, wanted: Mapping[str, torch.Size], given: Collecti
         raise CheckpointError(f"{model}: {len(missing)} of {len(wanted)} tensors are missing, first "
                               f"{missing[0]!r}; config and weights belong to different models, or a file is "
                               "absent")
-
-
-def check_names(model: str, wanted: Mapping[str, torch.Size], given: Mapping[str, Tensor]) -> None:
-    for name, tensor in given.items():
-        check_tensor(model, wanted, name, tensor)
-    check_complete(model, wanted, given)

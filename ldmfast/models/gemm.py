@@ -1,5 +1,6 @@
-"""Linear and Conv2d: matrix products are the library's, oneDNN's on a CPU, cuBLAS's and cuDNN's elsewhere; but on a CPU
-with tiles (AMX) convolutions in bf16 and 8 bits are our own, ops.conv2d and ops.conv2d_q8, which are faster there.
+"""Linear, GatedLinear and Conv2d: matrix products are the library's, oneDNN's on a CPU, cuBLAS's and cuDNN's elsewhere;
+but on a CPU with tiles (AMX) convolutions and GEGLU's linear in bf16 and 8 bits are our own, which are faster there:
+ops.conv2d, ops.linear_geglu and their q8 forms.
 
 On a CPU torch ships oneDNN's operators with prepacked weights and fused additions, as semi-private names. Their schemas
 are compared once, at import; where one differs, torch's public functions run instead and a warning says so.
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._load import keep_freed_memory, level
+from ..ops.linear_geglu import plain_weight, side_by_side
 from ..ops.pack_weight import image_weight
+from .direct import Direct
 
 _SCHEMAS = {
     "mkldnn::_linear_pointwise": "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> "
@@ -78,7 +81,7 @@ _WRITES_BF16 = torch.cpu._is_avx512_supported() and _LIMIT not in ("SSE41", "AVX
 _DTYPES = {torch.float32} | ({torch.bfloat16} if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
 
 
-# whether convolutions are ours (docs/performance.md, "Convolutions")
+# whether products are ours where there are any (docs/performance.md, "Our own products")
 OWN = ops.CPU_LIBRARY.loaded and level() == "amx"
 
 _AT_ONCE = 1 << 20  # numbers of a weight that are rounded to 8 bits at a time: they stay in cache
@@ -105,6 +108,12 @@ def _onednn(x: Tensor) -> bool:
 def packable(weight: Tensor) -> bool:
     """Whether a weight of this device and dtype can take oneDNN's own layout."""
     return _onednn(weight) and not weight.is_mkldnn and weight.numel() > 0
+
+
+def _packs_own(weight: Tensor) -> bool:
+    """Whether a plain weight of a GatedLinear or Conv2d takes the order of our own products."""
+    return (OWN and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.numel() > 0
+            and weight.ndim in (2, 4))
 
 
 def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,16 +182,18 @@ class Int8Weight(nn.Module):
     sums: Tensor
     zeros: Tensor
 
-    def __init__(self, values: Tensor, scale: Tensor, bias: Tensor | None, conv: nn.Conv2d | None = None):
+    def __init__(self, values: Tensor, scale: Tensor, bias: Tensor | None, layer: nn.Module):
         super().__init__()
         self.shape = tuple(values.shape)
-        self.own = OWN and conv is not None and values.device.type == "cpu"
+        self.gated = isinstance(layer, GatedLinear)
+        conv = layer if isinstance(layer, Conv2d) else None
+        self.own = OWN and (conv is not None or self.gated) and values.device.type == "cpu" and values.numel() > 0
         self.packed = ONEDNN_INT8 and not self.own and values.device.type == "cpu"
         self.layout: Packed | None = None
         # what a zero point of 1 adds to each output
         sums = values.flatten(1).sum(1, dtype=torch.int32)
         if self.own:
-            self.values = ops.pack_weight(values)
+            self.values = ops.pack_weight(side_by_side(values) if self.gated else values)
         elif self.packed and conv is not None:
             stride, dilation, groups = conv.stride, conv.dilation, conv.groups
             self.layout = Packed(values, lambda w, shape: torch.ops.onednn.qconv_prepack(
@@ -192,7 +203,7 @@ class Int8Weight(nn.Module):
         else:
             self.values = values
         self.register_buffer("scale", scale)
-        # the output of conv2d_q8 has the bias's dtype
+        # the outputs of our own have the bias's dtype
         kept = torch.bfloat16 if self.own else torch.float32
         self.register_buffer("bias", None if bias is None else bias.detach().to(kept))
         self.register_buffer("sums", sums)
@@ -201,7 +212,9 @@ class Int8Weight(nn.Module):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight that the values of a convolution, or of an unpacked product, stand for."""
         values = self.values if self.layout is None else self.layout.dense()
-        if self.own:
+        if self.own and self.gated:
+            values = plain_weight(values, self.shape[0] // 2, self.shape[1])
+        elif self.own:
             values = image_weight(values, *self.shape[:2])
         return (values.float() * self.scale.view(-1, *[1] * (values.ndim - 1))).to(dtype)
 
@@ -210,7 +223,7 @@ def _float(x: Quantized, dtype: torch.dtype) -> Tensor:
     return ((x.values.float() - x.zero_point) * x.scale).to(dtype)
 
 
-class Linear(nn.Linear):
+class Linear(Direct, nn.Linear):
     """x W^T + b (+ residual). W is an ordinary parameter until ``pack`` or ``quantize``."""
 
     int8: Int8Weight | None
@@ -266,7 +279,7 @@ class Linear(nn.Linear):
             values, scale = rows_to_int8(self.weight)
         if not keep:
             self.register_parameter("weight", None)
-        self.int8 = Int8Weight(values, scale, self.bias)
+        self.int8 = Int8Weight(values, scale, self.bias, self)
 
     @classmethod
     def join(cls, layers: Sequence[Linear]) -> Linear:
@@ -279,7 +292,41 @@ class Linear(nn.Linear):
         return whole
 
 
-class Conv2d(nn.Conv2d):
+class GatedLinear(Linear):
+    """GEGLU of a linear: of its outputs x W^T + b the first half times GELU of the second (Shazeer 2020)."""
+
+    def forward(self, x: Tensor | Quantized, *, codes: bool = False) -> Tensor | Quantized:  # type: ignore[override]
+        """x: (..., in) -> (..., out_features / 2). codes: 8 bits, where the layer that follows takes them and they cost
+        less than it would pay itself."""
+        w, inner = self.int8, self.out_features // 2
+        if w is not None and w.own:
+            x = Quantized(*ops.quantize(x)) if isinstance(x, Tensor) else x
+            return ops.linear_geglu_q8(*x, w.values, w.scale, w.sums, w.bias, out_features=inner)
+        if w is None and self.own:
+            assert isinstance(x, Tensor)
+            return ops.linear_geglu(x, self.weight, self.bias, out_features=inner)
+        y = super().forward(x)
+        return Quantized(*ops.geglu_q8(y)) if codes else ops.geglu(y)
+
+    @property
+    def own(self) -> bool:
+        """Whether ``weight`` is packed for ops.linear_geglu."""
+        return self.weight is not None and self.weight.ndim == 7
+
+    def pack(self) -> None:
+        weight = self.weight.detach()
+        if _packs_own(weight):
+            self.weight = _fixed(ops.pack_weight(side_by_side(weight)))
+        elif not self.own:
+            super().pack()
+
+    def dense(self) -> Tensor:
+        if self.own:
+            return plain_weight(self.weight.detach(), self.out_features // 2, self.in_features)
+        return super().dense()
+
+
+class Conv2d(Direct, nn.Conv2d):
     """Convolution of (N, C, H, W), channels-last, plus bias (and residual), padded with zeros."""
 
     int8: Int8Weight | None
@@ -346,12 +393,11 @@ class Conv2d(nn.Conv2d):
 
     def pack(self) -> None:
         """Brings the weight into the layout of the kernels, once; the plain one is let go."""
+        if _packs_own(self.weight):
+            self.weight = _fixed(ops.pack_weight(self.weight.detach()))
         if self.own:
             return
         weight = self.weight.detach().contiguous(memory_format=torch.channels_last)  # the best of the plain layouts
-        if OWN and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.numel() > 0:
-            self.weight = _fixed(ops.pack_weight(self.weight.detach()))
-            return
         if not packable(weight):
             self.weight = _fixed(weight)
             return

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import cast, overload
+from typing import Any, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .gemm import Conv2d, Linear, Quantized
+from .direct import Direct
+from .gemm import Conv2d, GatedLinear, Linear, Quantized
 
 # rows of one small GEMM: one register tile of oneDNN and MKL, and weights are read once for 16 steps
 _ROWS = 16
@@ -73,7 +74,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "swish": F.silu, "gelu": F.gelu, "mish": F.mish, "relu": F.relu}
 
 
-class TimestepEmbedding(nn.Module):
+class TimestepEmbedding(Direct):
     """linear_2(act(linear_1(x + cond_proj(condition)))), rows (R, in) -> (R, out)."""
 
     def __init__(self, in_dim: int, out_dim: int, cond_dim: int | None = None, post_act: str | None = None):
@@ -91,7 +92,7 @@ class TimestepEmbedding(nn.Module):
         return x if self.post_act is None else ACTIVATIONS[self.post_act](x)
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(Direct, nn.GroupNorm):
     """GroupNorm of (x + shift), with SiLU if asked; shift (N, C) is the time embedding."""
 
     def __init__(self, groups: int, channels: int, eps: float, silu: bool = True):
@@ -99,7 +100,8 @@ class GroupNorm(nn.GroupNorm):
         self.silu = silu
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, shift=shift,
+        own = self._parameters  # as attributes, each would cost a search through three dictionaries
+        return ops.group_norm_silu(x, self.num_groups, own["weight"], own["bias"], self.eps, shift=shift,
                                    silu=self.silu)
 
     def into(self, layer: Linear | Conv2d, x: Tensor, shift: Tensor | None = None) -> Tensor | Quantized:
@@ -110,9 +112,10 @@ class GroupNorm(nn.GroupNorm):
                                                  silu=self.silu, pad=layer.border))
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Direct, nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm_modulate(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        own = self._parameters
+        return ops.layer_norm_modulate(x, None, None, own["weight"], own["bias"], self.eps)
 
     def into(self, layer: Linear, x: Tensor) -> Tensor | Quantized:
         """forward(), in the form that ``layer`` takes: 8 bits for an int8 layer."""
@@ -121,7 +124,7 @@ class LayerNorm(nn.LayerNorm):
         return Quantized(*ops.layer_norm_modulate_q8(x, weight=self.weight, bias=self.bias, eps=self.eps))
 
 
-class ResnetBlock(nn.Module):
+class ResnetBlock(Direct):
     """norm1, SiLU, conv1, time, norm2, SiLU, conv2, plus the (projected) input, divided by ``scale``.
 
     scale_shift False: the time embedding is added before norm2; True: it scales and shifts norm2's output.
@@ -143,17 +146,19 @@ class ResnetBlock(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        h = self.conv1(self.norm1.into(self.conv1, x))
+        own: Any = self._modules
+        conv1, norm2, conv2, shortcut = own["conv1"], own["norm2"], own["conv2"], self.conv_shortcut
+        h = conv1(own["norm1"].into(conv1, x))
         if self.scale_shift and time is not None:
             gain, shift = time[:, :, None, None].chunk(2, dim=1)
-            h = F.silu(self.norm2(h).mul_(1 + gain).add_(shift), inplace=True)
+            h = F.silu(norm2(h).mul_(1 + gain).add_(shift), inplace=True)
         else:
-            h = self.norm2.into(self.conv2, h, time)
-        h = self.conv2(h, x if self.conv_shortcut is None else self.conv_shortcut(x))
+            h = norm2.into(conv2, h, time)
+        h = conv2(h, x if shortcut is None else shortcut(x))
         return h if self.scale == 1.0 else h.div_(self.scale)
 
 
-class Downsample(nn.Module):
+class Downsample(Direct):
     """Halves the size with a strided convolution; padding 0 pads the right and lower edge only."""
 
     def __init__(self, channels: int, padding: int = 1):
@@ -164,7 +169,7 @@ class Downsample(nn.Module):
         return self.conv(x if self.conv.padding != (0, 0) else F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Module):
+class Upsample(Direct):
     """Doubles the size (or goes to ``size``) with nearest neighbours, then convolves."""
 
     def __init__(self, channels: int):
@@ -177,7 +182,20 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
-class Attention(nn.Module):
+class Joined(Direct):
+    """A module some of whose linears share an input and can become one product."""
+
+    joins: tuple[str, ...]  # the layers that share an input, in the order in which ``join`` puts them side by side
+    joined: str  # the name of what ``join`` makes
+
+    def join(self) -> None:
+        """Makes one layer of those that share an input, once; theirs are None afterwards."""
+        setattr(self, self.joined, Linear.join([getattr(self, n) for n in self.joins]))
+        for n in self.joins:
+            setattr(self, n, None)
+
+
+class Attention(Joined):
     """Multi-head attention on tokens (N, T, C); keys and values come from the tokens or from a context."""
 
     slot = -1  # position of this block's prompt keys and values in a UNet's per-call state
@@ -192,6 +210,8 @@ class Attention(nn.Module):
         self.heads = heads
         self.head_dim = head_dim
         self.context_dim = context_dim
+        self.joins = ("to_q", "to_k", "to_v") if context_dim is None else ("to_k", "to_v")
+        self.joined = "to_qkv" if context_dim is None else "to_kv"
         self.to_q = Linear(dim, inner, bias=bias)
         self.to_k = Linear(context_dim or dim, inner, bias=bias)
         self.to_v = Linear(context_dim or dim, inner, bias=bias)
@@ -199,48 +219,40 @@ class Attention(nn.Module):
         self.to_qkv = self.to_kv = None
 
     @property
-    def joins(self) -> tuple[str, ...]:
-        """The layers that share an input, in the order in which ``join`` puts them side by side."""
-        return ("to_q", "to_k", "to_v") if self.context_dim is None else ("to_k", "to_v")
-
-    @property
-    def joined(self) -> str:
-        """The name of what ``join`` makes."""
-        return "to_qkv" if self.context_dim is None else "to_kv"
-
-    def join(self) -> None:
-        """Makes one layer of those that share an input, once; theirs are None afterwards."""
-        setattr(self, self.joined, Linear.join([getattr(self, n) for n in self.joins]))
-        for n in self.joins:
-            setattr(self, n, None)
-
-    @property
     def entry(self) -> Linear:
         """The layer that takes the tokens."""
         return self.to_q if self.to_qkv is None else self.to_qkv
 
-    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    def _heads(self, x: Tensor) -> Tensor:
+        """(N, T, C) -> (N, T, heads, head_dim), a view."""
+        n, tokens, _ = x.shape
+        return x.view(n, tokens, self.heads, self.head_dim)
+
+    def _parts(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(N, T, parts * C) -> parts times (N, T, heads, head_dim), views."""
-        return x.unflatten(-1, (parts, self.heads, self.head_dim)).unbind(2)
+        n, tokens, _ = x.shape
+        return x.view(n, tokens, parts, self.heads, self.head_dim).unbind(2)
 
     def keys_values(self, context: Tensor | Quantized) -> KeysValues:
         """Context (N, T, C) -> keys and values (N, T, heads, head_dim)."""
         if self.to_kv is not None:
-            k, v = self._heads(self.to_kv(context), 2)
+            k, v = self._parts(self.to_kv(context), 2)
             return k, v
-        return self._heads(self.to_k(context), 1)[0], self._heads(self.to_v(context), 1)[0]
+        return self._heads(self.to_k(context)), self._heads(self.to_v(context))
 
     def forward(self, x: Tensor | Quantized, kv: KeysValues | None = None, bias: Tensor | None = None,
                 residual: Tensor | None = None) -> Tensor:
-        if self.to_qkv is not None and kv is None:
-            q, k, v = self._heads(self.to_qkv(x), 3)
+        if kv is not None:
+            q, (k, v) = self._heads(self.to_q(x)), kv
+        elif self.to_qkv is not None:
+            q, k, v = self._parts(self.to_qkv(x), 3)
         else:
-            q, = self._heads(self.to_q(x), 1)
-            k, v = self.keys_values(x) if kv is None else kv
-        return self.to_out[0](ops.attention(q, k, v, bias=bias).flatten(2), residual)
+            q, (k, v) = self._heads(self.to_q(x)), self.keys_values(x)
+        to_out, = self.to_out
+        return to_out(ops.attention(q, k, v, bias=bias).flatten(2), residual)
 
 
-class SpatialNorm(nn.Module):
+class SpatialNorm(Direct):
     """GroupNorm modulated at every pixel by the quantised latent (MoVQ, Zheng et al. 2022, equation 4)."""
 
     def __init__(self, channels: int, latent_channels: int, silu: bool = True):
@@ -278,10 +290,10 @@ class SpatialAttention(Attention):
 class GEGLU(nn.Module):
     def __init__(self, dim: int, inner: int):
         super().__init__()
-        self.proj = Linear(dim, 2 * inner)
+        self.proj = GatedLinear(dim, 2 * inner)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Direct):
     """net.2(GEGLU(net.0.proj(x))) plus the residual (Shazeer 2020)."""
 
     def __init__(self, dim: int):
@@ -289,10 +301,10 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
 
     @property
-    def entry(self) -> Linear:
+    def entry(self) -> GatedLinear:
         """The layer that takes the tokens."""
         return cast(GEGLU, self.net[0]).proj
 
     def forward(self, x: Tensor | Quantized, residual: Tensor) -> Tensor:
-        h, last = self.entry(x), self.net[2]
-        return last(ops.geglu(h) if last.int8 is None else Quantized(*ops.geglu_q8(h)), residual)
+        first, _, last = self.net
+        return last(cast(GEGLU, first).proj(x, codes=last.int8 is not None), residual)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import LdmfastError
 from .unet_config import UNet2DConfig
-from .unet_state import UNetState, as_list, project_times
+from .unet_state import UNetState, as_list
 from .unet_trunk import UNetTrunk
 
 
@@ -31,7 +31,7 @@ class UNet2D(UNetTrunk):
         if class_labels is not None and label is None:
             raise LdmfastError("class_labels were given, this model has no classes; leave them out")
         emb = emb if label is None else emb + label
-        return UNetState({t: i for i, t in enumerate(times)}, project_times(self, emb), (), None,
+        return UNetState({t: i for i, t in enumerate(times)}, *self.places.project_times(emb), (), None,
                          None if label is None else len(label))
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from ..errors import LdmfastError, ShapeError
 from .gemm import Linear
 from .layers import ACTIVATIONS, TimestepEmbedding, by_rows, timestep_embedding
 from .unet_config import UNet2DConditionConfig
-from .unet_state import UNetState, as_list, mask_bias, project_prompt, project_times
+from .unet_state import UNetState, as_list, mask_bias
 from .unet_trunk import UNetTrunk
 
 
@@ -66,9 +66,8 @@ class UNet2DCondition(UNetTrunk):
             emb = by_rows(act, emb.flatten(0, 1)).unflatten(0, emb.shape[:2])
         bias = None if prompt is None else mask_bias("encoder_attention_mask", encoder_attention_mask,
                                                      len(prompt), self.dtype)
-        return UNetState({t: i for i, t in enumerate(times)},
-                         project_times(self, emb),
-                         () if prompt is None else project_prompt(self, prompt), bias, batch)
+        return UNetState({t: i for i, t in enumerate(times)}, *self.places.project_times(emb),
+                         () if prompt is None else self.places.project_prompt(prompt), bias, batch)
 
     @torch.no_grad()
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor | None = None, *,
@@ -102,7 +101,7 @@ class UNet2DCondition(UNetTrunk):
         elif any(x is not None for x in conditions):
             raise LdmfastError("conditions were given together with a prepared state, which holds its own; "
                                "give one of the two")
-        mask = mask_bias("attention_mask", attention_mask, len(sample), self.dtype)
+        mask = None if attention_mask is None else mask_bias("attention_mask", attention_mask, len(sample), self.dtype)
         step = state.step(timestep, len(sample), mask)
         controls, adapters = down_block_additional_residuals, down_intrablock_additional_residuals
         if adapters is None and mid_block_additional_residual is None:

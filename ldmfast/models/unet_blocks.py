@@ -3,12 +3,15 @@ BlockPlan."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from itertools import repeat
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .direct import Direct
 from .gemm import Conv2d, Linear
 from .layers import (
     Attention,
@@ -40,7 +43,7 @@ class Step:
     self_bias: Tensor | None = None
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Direct):
     """Self-attention, cross-attention and feed-forward, each after a LayerNorm and with a residual.
 
     only_cross: the first attention sees the prompt, too. masked: whether it obeys the masks of the Step.
@@ -57,14 +60,16 @@ class TransformerBlock(nn.Module):
         self.masked = masked
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        first = None if self.attn1.context_dim is None else step.prompts[self.attn1.slot]
-        x = self.attn1(self.norm1.into(self.attn1.entry, x), first, step.self_bias if self.masked else None, x)
-        second = step.prompts[self.attn2.slot]
-        x = self.attn2(self.norm2.into(self.attn2.entry, x), second, step.prompt_bias if self.masked else None, x)
-        return self.ff(self.norm3.into(self.ff.entry, x), x)
+        own: Any = self._modules
+        attn1, attn2, ff = own["attn1"], own["attn2"], own["ff"]
+        first = None if attn1.context_dim is None else step.prompts[attn1.slot]
+        x = attn1(own["norm1"].into(attn1.entry, x), first, step.self_bias if self.masked else None, x)
+        second = step.prompts[attn2.slot]
+        x = attn2(own["norm2"].into(attn2.entry, x), second, step.prompt_bias if self.masked else None, x)
+        return ff(own["norm3"].into(ff.entry, x), x)
 
 
-class Transformer2D(nn.Module):
+class Transformer2D(Direct):
     """GroupNorm, projection to tokens, transformer blocks, projection back, residual: (N, C, H, W) in and
     out."""
 
@@ -80,16 +85,18 @@ class Transformer2D(nn.Module):
         self.linear = linear
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        normed, size = self.norm.into(self.proj_in, x), x.shape[2:]
-        h = self.proj_in(as_tokens(normed)) if self.linear else as_tokens(self.proj_in(normed))
-        for block in self.transformer_blocks:
+        own: Any = self._modules
+        proj_in, proj_out = own["proj_in"], own["proj_out"]
+        normed, size = own["norm"].into(proj_in, x), x.shape[2:]
+        h = proj_in(as_tokens(normed)) if self.linear else as_tokens(proj_in(normed))
+        for block in own["transformer_blocks"]:
             h = block(h, step)
         if self.linear:
-            return as_image(self.proj_out(h, as_tokens(x)), *size)
-        return self.proj_out(as_image(h, *size), x)
+            return as_image(proj_out(h, as_tokens(x)), *size)
+        return proj_out(as_image(h, *size), x)
 
 
-class DualTransformer2D(nn.Module):
+class DualTransformer2D(Direct):
     """Two transformers, one for 77 text tokens, one for 257 image tokens; their outputs are averaged."""
 
     def __init__(self, plan: UNetPlan, block: BlockPlan):
@@ -113,7 +120,7 @@ def _attention(plan: UNetPlan, block: BlockPlan, layer: int, groups: int, only_c
     return Transformer2D(plan, block, block.depths[layer], only_cross)
 
 
-class _Block(nn.Module):
+class _Block(Direct):
     """ResNet blocks with an attention after each, or without; ``resnets`` and ``attentions`` as in
     diffusers."""
 
@@ -129,14 +136,17 @@ class _Block(nn.Module):
             self.attentions = nn.ModuleList(
                 _attention(plan, block, i, groups, only_cross) for i in range(block.layers))
 
-    def residual(self, i: int, x: Tensor, step: Step) -> Tensor:
-        resnet = cast(ResnetBlock, self.resnets[i])
-        return resnet(x, step.times[resnet.slot])
+    def _resnets(self) -> Iterable[ResnetBlock]:
+        return cast(Iterable[ResnetBlock], self.resnets)
 
-    def attend(self, i: int, x: Tensor, step: Step) -> Tensor:
-        if self.kind == "plain":
+    def beside(self) -> Iterable[nn.Module | None]:
+        """The attention of each ResNet block, None in a plain block."""
+        return repeat(None) if self.kind == "plain" else self.attentions
+
+    def attend(self, attention: nn.Module | None, x: Tensor, step: Step) -> Tensor:
+        if attention is None:
             return x
-        return self.attentions[i](x, step) if self.kind == "cross" else self.attentions[i](x)
+        return attention(x, step) if self.kind == "cross" else attention(x)
 
 
 class DownBlock(_Block):
@@ -149,11 +159,12 @@ class DownBlock(_Block):
     def forward(self, x: Tensor, step: Step, adapter: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Returns the output and the skip tensors. adapter: T2I-Adapter's residual of this level."""
         skips = []
-        for i in range(len(self.resnets)):
-            x = self.attend(i, self.residual(i, x, step), step)
-            if adapter is not None and self.kind == "cross" and i == len(self.resnets) - 1:
-                x = x + adapter
+        for resnet, attention in zip(self._resnets(), self.beside()):
+            x = self.attend(attention, resnet(x, step.times[resnet.slot]), step)
             skips.append(x)
+        if adapter is not None and self.kind == "cross":
+            x = x + adapter
+            skips[-1] = x
         for downsample in self.downsamplers:
             x = downsample(x)
             skips.append(x)
@@ -169,9 +180,10 @@ class MidBlock(_Block):
         self.add_attentions(plan, block, plan.attention_groups, False)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        x = self.residual(0, x, step)
-        for i in range(len(self.resnets) - 1):
-            x = self.residual(i + 1, self.attend(i, x, step), step)
+        first, *others = self._resnets()
+        x = first(x, step.times[first.slot])
+        for resnet, attention in zip(others, self.beside()):
+            x = resnet(self.attend(attention, x, step), step.times[resnet.slot])
         return x
 
 
@@ -184,9 +196,9 @@ class UpBlock(_Block):
 
     def forward(self, x: Tensor, skips: list[Tensor], step: Step, size: tuple[int, int] | None) -> Tensor:
         """Consumes skips from its end; size: of the next level's skips, None for twice the own."""
-        for i in range(len(self.resnets)):
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = self.attend(i, self.residual(i, x, step), step)
+        for resnet, attention in zip(self._resnets(), self.beside()):
+            x = resnet(torch.cat([x, skips.pop()], dim=1), step.times[resnet.slot])
+            x = self.attend(attention, x, step)
         for upsample in self.upsamplers:
             x = upsample(x, size)
         return x

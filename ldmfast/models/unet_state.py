@@ -18,12 +18,14 @@ from .unet_blocks import Step
 class UNetState:
     """Result of ``prepare``: time embeddings of all timesteps, prompt keys and values.
 
-    rows: timestep -> row of ``times``. times: for each ResNet block (timesteps, pictures or 1, C).
-    batch: the number of pictures the conditions were given for, or None where there are no conditions.
+    rows: timestep -> row of ``times``. times: (timesteps, pictures or 1, C), the channels of all ResNet blocks one
+    after the other; widths: how many each has. batch: the number of pictures the conditions were given for, or None
+    where there are no conditions.
     """
 
     rows: dict[float, int]
-    times: tuple[Tensor, ...]
+    times: Tensor
+    widths: tuple[int, ...]
     prompts: tuple[KeysValues, ...]
     prompt_bias: Tensor | None
     batch: int | None
@@ -41,12 +43,12 @@ class UNetState:
             raise ShapeError(f"timestep has {len(rows)} entries, needs 1 or one for each of {pictures} "
                              "pictures")
         if len(set(rows)) <= 1:
-            times = tuple(t[rows[0] if rows else 0].expand(pictures, -1) for t in self.times)
+            times = self.times[rows[0] if rows else 0].expand(pictures, -1)
         else:
-            index = torch.tensor(rows, device=self.times[0].device)
+            index = torch.tensor(rows, device=self.times.device)
             own = torch.arange(pictures, device=index.device)
-            times = tuple(t[index, own if t.shape[1] > 1 else own * 0] for t in self.times)
-        return Step(tuple(t.contiguous() for t in times), self.prompts, self.prompt_bias, self_bias)
+            times = self.times[index, own if self.times.shape[1] > 1 else own * 0]
+        return Step(times.split(self.widths, dim=1), self.prompts, self.prompt_bias, self_bias)
 
     def _row(self, timestep: float) -> int:
         if timestep not in self.rows:
@@ -63,28 +65,27 @@ def as_list(timestep: Tensor | float | Sequence[float]) -> list[float]:
     return [float(t) for t in timestep] if isinstance(timestep, Sequence) else [float(timestep)]
 
 
-def number_slots(model: nn.Module) -> None:
-    """Gives ResNet blocks and cross-attentions their place in the state; done once, when a UNet is built."""
-    resnets = (m for m in model.modules() if isinstance(m, ResnetBlock))
-    for slot, resnet in enumerate(resnets):
-        resnet.slot = slot
-    crossing = (m for m in model.modules() if isinstance(m, Attention) and m.context_dim is not None)
-    for slot, attention in enumerate(crossing):
-        attention.slot = slot
+class Places:
+    """The ResNet blocks and cross-attentions of a UNet, in the order of their slots in the state."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self.resnets = tuple(m for m in model.modules() if isinstance(m, ResnetBlock))
+        self.crossing = tuple(m for m in model.modules() if isinstance(m, Attention) and m.context_dim is not None)
+        for slot, resnet in enumerate(self.resnets):
+            resnet.slot = slot
+        for slot, attention in enumerate(self.crossing):
+            attention.slot = slot
 
-def project_times(model: nn.Module, embedding: Tensor) -> tuple[Tensor, ...]:
-    """Time embedding (timesteps, pictures or 1, D) -> one (timesteps, pictures or 1, C) a ResNet
-    block."""
-    rows = by_rows(F.silu, embedding.flatten(0, 1))
-    return tuple(by_rows(m.time_emb_proj, rows).unflatten(0, embedding.shape[:2])
-                 for m in model.modules() if isinstance(m, ResnetBlock))
+    def project_times(self, embedding: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Time embedding (timesteps, pictures or 1, D) -> (timesteps, pictures or 1, C) of all ResNet blocks side by
+        side, and their widths."""
+        rows = by_rows(F.silu, embedding.flatten(0, 1))
+        times = [by_rows(m.time_emb_proj, rows) for m in self.resnets]
+        return torch.cat(times, dim=1).unflatten(0, embedding.shape[:2]), tuple(t.shape[1] for t in times)
 
-
-def project_prompt(model: nn.Module, prompt: Tensor) -> tuple[KeysValues, ...]:
-    """Prompt (N, T, C) -> keys and values of every cross-attention."""
-    return tuple(m.keys_values(prompt[:, m.context]) for m in model.modules()
-                 if isinstance(m, Attention) and m.context_dim is not None)
+    def project_prompt(self, prompt: Tensor) -> tuple[KeysValues, ...]:
+        """Prompt (N, T, C) -> keys and values of every cross-attention."""
+        return tuple(m.keys_values(prompt[:, m.context]) for m in self.crossing)
 
 
 def mask_bias(name: str, mask: Tensor | None, pictures: int, dtype: torch.dtype) -> Tensor | None:

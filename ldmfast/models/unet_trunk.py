@@ -14,7 +14,7 @@ from .gemm import Conv2d, Linear
 from .layers import GroupNorm, TimestepEmbedding, by_rows, channels_last, timestep_embedding
 from .unet_blocks import DownBlock, MidBlock, Step, UpBlock
 from .unet_config import UNetPlan
-from .unet_state import number_slots
+from .unet_state import Places
 
 
 class UNetTrunk(Model):
@@ -34,7 +34,7 @@ class UNetTrunk(Model):
         self.up_blocks = nn.ModuleList(UpBlock(plan, block) for block in plan.up)
         self.conv_norm_out = GroupNorm(plan.groups, first, plan.eps)
         self.conv_out = Conv2d(first, c.out_channels, kernels[1], padding=(kernels[1] - 1) // 2)
-        number_slots(self)
+        self.places = Places(self)
 
     def _class_embedding(self, plan: UNetPlan) -> nn.Module | None:
         c, kind = self.config, self.config.class_embed_type
@@ -88,7 +88,7 @@ class UNetTrunk(Model):
         every skip and of the middle; adapters: T2I-Adapter's residuals of the levels.
         """
         waiting = list(adapters or ())
-        x = channels_last(sample.to(self.dtype))
+        x = channels_last(sample.to(cast(Tensor, self.conv_in.bias).dtype))
         x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
         skips = [x]
         for down in self.down_blocks:

@@ -16,6 +16,8 @@ from .group_norm_silu_q8 import group_norm_silu_q8
 from .layer_norm_modulate import layer_norm_modulate
 from .layer_norm_modulate_q8 import layer_norm_modulate_q8
 from .lincomb import lincomb
+from .linear_geglu import linear_geglu
+from .linear_geglu_q8 import linear_geglu_q8
 from .pack_weight import pack_weight
 from .quantize import quantize
 from .upsample2x import upsample2x
@@ -27,6 +29,6 @@ _op.register_triton()
 
 __all__ = [
     "attention", "conv2d", "conv2d_q8", "geglu", "geglu_q8", "group_norm_silu", "group_norm_silu_q8",
-    "layer_norm_modulate", "layer_norm_modulate_q8", "lincomb", "pack_weight", "quantize",
-    "upsample2x",
+    "layer_norm_modulate", "layer_norm_modulate_q8", "lincomb", "linear_geglu", "linear_geglu_q8", "pack_weight",
+    "quantize", "upsample2x",
 ]

@@ -132,12 +132,13 @@ _call = register(Op("attention", "(Tensor q, Tensor k, Tensor v, Tensor? bias, f
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+    qs, ks, vs = q.shape, k.shape, v.shape
+    if len(qs) != 4 or len(ks) != 4 or len(vs) != 4:
         raise ShapeError(f"attention: q, k, v have shapes {shape_of(q)}, {shape_of(k)}, {shape_of(v)}, "
                          "need (batch, tokens, heads, head_dim)")
-    b, _, h, d = q.shape
-    kb, tk, kh, kd = k.shape
-    if kb != b or kd != d or v.shape[:3] != (kb, tk, kh):
+    b, _, h, d = qs
+    kb, _, kh, kd = ks
+    if kb != b or kd != d or (ks != vs and ks[:3] != vs[:3]):
         raise ShapeError(f"attention: k {shape_of(k)} and v {shape_of(v)} do not fit q {shape_of(q)}: "
                          "batch and head_dim must agree, and v must have k's batch, tokens and heads")
     if kh == 0 or h % kh:

@@ -111,17 +111,18 @@ def check(op: str, x: Tensor, weight: Tensor, dtype: torch.dtype, bias: Tensor |
     if kernel < 1 or stride < 1 or padding < 0:
         raise ShapeError(f"{op}: kernel {kernel}, stride {stride}, padding {padding}: needs at least 1, 1 and 0")
     if min(out_size(s, kernel, stride, padding, upsample) for s in x.shape[2:]) < 1:
-        raise ShapeError(f"{op}: an image of {x.shape[2]} x {x.shape[3]} pixels is smaller than a kernel of {kernel} with "
-                         f"padding {padding}")
+        raise ShapeError(f"{op}: an image of {x.shape[2]} x {x.shape[3]} pixels is smaller than a kernel of {kernel} "
+                         f"with padding {padding}")
     wanted = packed_shape((out_channels, x.shape[1], kernel, kernel), dtype)
     if weight.dtype != dtype or weight.shape != wanted or not weight.is_contiguous():
-        raise ShapeError(f"{op}: weight is {weight.dtype} {shape_of(weight)}, needs {dtype} {wanted}, as ops.pack_weight "
-                         f"makes it of {(out_channels, x.shape[1], kernel, kernel)}")
+        raise ShapeError(f"{op}: weight is {weight.dtype} {shape_of(weight)}, needs {dtype} {wanted}, as "
+                         f"ops.pack_weight makes it of {(out_channels, x.shape[1], kernel, kernel)}")
     if bias is not None and bias.shape != (out_channels,):
         raise ShapeError(f"{op}: bias has shape {shape_of(bias)}, needs ({out_channels},)")
 
 
-def check_residual(op: str, residual: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+def check_residual(op: str, residual: Tensor | None, shape: tuple[int, ...],
+                   dtype: torch.dtype | None = None) -> None:
     if residual is None:
         return
     if residual.shape != shape:
@@ -136,8 +137,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 
     x: (N, C, H, W), floating. weight: ``pack_weight`` of (out_channels, C, kernel, kernel), x's dtype. bias:
     (out_channels,). residual: like the output, x's dtype. padding: pixels of zeros on every side.
-    Output: (N, out_channels, H', W') in channels-last memory, x's dtype, with H' = (H + 2 padding - kernel) / stride + 1,
-    rounded down, 2 H for H with ``upsample``. A picture's result does not depend on the batch or the threads.
+    Output: (N, out_channels, H', W') in channels-last memory, x's dtype, with H' = (H + 2 padding - kernel) / stride
+    + 1, rounded down, 2 H for H with ``upsample``. A picture's result does not depend on the batch or the threads.
     Raises ShapeError when sizes or dtypes do not fit.
     """
     check("conv2d", x, weight, x.dtype, bias, out_channels, kernel, stride, padding, upsample)

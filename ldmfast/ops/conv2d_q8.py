@@ -105,20 +105,25 @@ def cases() -> Iterator[Case]:
     yield case("no_batch", "empty", make(0, 8, 4, 4, out=5))
 
 
-_call = register(Op("conv2d_q8", "(Tensor q, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor "
-                    "weight_sums, Tensor? bias, Tensor? residual, int out_channels, int kernel, int stride, int padding, "
-                    "bool upsample) -> Tensor", reference, fake, cases, cost, peer, cpu_only=True))
+_call = register(Op("conv2d_q8", "(Tensor q, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, "
+                    "Tensor weight_sums, Tensor? bias, Tensor? residual, int out_channels, int kernel, int stride, "
+                    "int padding, bool upsample) -> Tensor", reference, fake, cases, cost, peer, cpu_only=True))
 
 
-def check_codes(q: Tensor, scale: Tensor, zero_point: Tensor, weight_scale: Tensor, weight_sums: Tensor,
+def check_codes(op: str, q: Tensor, scale: Tensor, zero_point: Tensor, weight_scale: Tensor, weight_sums: Tensor,
                 outputs: int) -> None:
     if q.dtype != torch.uint8:
-        raise ShapeError(f"conv2d_q8: q is {q.dtype}, needs the torch.uint8 codes of ops.quantize")
+        raise ShapeError(f"{op}: q is {q.dtype}, needs the torch.uint8 codes of ops.quantize")
     for name, x, dtype, size in (("scale", scale, torch.float32, 1), ("zero_point", zero_point, torch.int32, 1),
                                  ("weight_scale", weight_scale, torch.float32, outputs),
                                  ("weight_sums", weight_sums, torch.int32, outputs)):
         if x.dtype != dtype or x.shape != (size,) or not x.is_contiguous():
-            raise ShapeError(f"conv2d_q8: {name} is {x.dtype} {shape_of(x)}, needs {dtype} ({size},)")
+            raise ShapeError(f"{op}: {name} is {x.dtype} {shape_of(x)}, needs {dtype} ({size},)")
+
+
+def check_products(op: str, products: int) -> None:
+    if products * 255 * 127 >= 2**31:
+        raise ShapeError(f"{op}: a sum of {products} products does not fit 32 bits; at most {2**31 // (255 * 127)} do")
 
 
 def conv2d_q8(q: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, weight_sums: Tensor,
@@ -129,16 +134,14 @@ def conv2d_q8(q: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weig
 
     q: (N, C, H, W), uint8, with scale (1,) float32 and zero_point (1,) int32 as ``quantize`` gives them. weight:
     ``pack_weight`` of w (out_channels, C, kernel, kernel), int8, with weight_scale (out_channels,) float32 and
-    weight_sums, the sums of w over its inputs, (out_channels,) int32. bias: (out_channels,), floating. residual: like the
-    output, floating. padding, upsample and output as in ``conv2d``; the output's dtype is the residual's, else the bias's,
-    else bfloat16. NaN everywhere if scale is NaN.
+    weight_sums, the sums of w over its inputs, (out_channels,) int32. bias: (out_channels,), floating. residual: like
+    the output, floating. padding, upsample and output as in ``conv2d``; the output's dtype is the residual's, else the
+    bias's, else bfloat16. NaN everywhere if scale is NaN.
     Raises ShapeError when sizes or dtypes do not fit, or if a sum could exceed 32 bits (66,311 products).
     """
-    check_codes(q, scale, zero_point, weight_scale, weight_sums, out_channels)
+    check_codes("conv2d_q8", q, scale, zero_point, weight_scale, weight_sums, out_channels)
     check("conv2d_q8", q, weight, torch.int8, bias, out_channels, kernel, stride, padding, upsample)
     check_residual("conv2d_q8", residual, out_shape(q, out_channels, kernel, stride, padding, upsample))
-    if q.shape[1] * kernel * kernel * 255 * 127 >= 2**31:
-        raise ShapeError(f"conv2d_q8: sums of {q.shape[1] * kernel * kernel} products do not fit 32 bits; at most "
-                         f"{2**31 // (255 * 127)} do")
+    check_products("conv2d_q8", q.shape[1] * kernel * kernel)
     return _call(q, scale, zero_point, weight, weight_scale, weight_sums, bias, residual, out_channels, kernel, stride,
                  padding, upsample)

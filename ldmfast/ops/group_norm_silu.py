@@ -52,10 +52,12 @@ def cost(x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor | None
 
 def cases() -> Iterator[Case]:
     def make(shape: tuple[int, ...], groups: int, *, layout: str = "contiguous", affine: bool = True,
-             shift: bool = False, silu: bool = True, eps: float = 1e-5, offset: float = 0.3):
+             shift: bool = False, silu: bool = True, eps: float = 1e-5, offset: float = 0.3,
+             shift_layout: str = "contiguous"):
         def draw(d: Draw) -> tuple:
             n, c = shape[:2]
-            return (d.normal(*shape, layout=layout, offset=offset), d.normal(n, c) if shift else None, groups,
+            return (d.normal(*shape, layout=layout, offset=offset),
+                    d.normal(n, c, layout=shift_layout) if shift else None, groups,
                     d.normal(c, offset=1.0, scale=0.2) if affine else None,
                     d.normal(c, scale=0.2) if affine else None, eps, silu)
         return draw
@@ -80,6 +82,8 @@ def cases() -> Iterator[Case]:
     yield case("far_mean", "channels_last", make((1, 32, 16, 16), 8, layout=cl, offset=30.0))
     yield case("misaligned", "view", make((2, 32, 9, 5), 8, layout="view", shift=True))
     yield case("sliced", "view", make((2, 32, 9, 5), 8, layout="slice"))
+    yield case("shift_of_a_wider_row", "view channels_last",
+               make((2, 32, 9, 5), 8, layout=cl, shift=True, shift_layout="slice"))
     yield case("no_batch", "empty", make((0, 32, 8, 8), 8))
     yield case("no_pixels", "empty", make((2, 32, 0, 8), 8, layout=cl))
 
@@ -90,17 +94,18 @@ _call = register(Op("group_norm_silu", "(Tensor x, Tensor? shift, int num_groups
 
 def check(op: str, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None,
           shift: Tensor | None) -> None:
-    if x.ndim < 2:
+    shape = x.shape
+    if len(shape) < 2:
         raise ShapeError(f"{op}: x has {x.ndim} dimensions, needs (N, C, *spatial)")
-    c = x.shape[1]
+    c = shape[1]
     if num_groups < 1 or c % num_groups:
         raise ShapeError(f"{op}: {c} channels do not split into {num_groups} groups; "
                          "give a number of groups that divides the channels")
     for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and (p.ndim != 1 or p.shape[0] != c):
+        if p is not None and p.shape != (c,):
             raise ShapeError(f"{op}: {name} has shape {shape_of(p)}, needs ({c},)")
-    if shift is not None and (shift.ndim != 2 or shift.shape[0] != x.shape[0] or shift.shape[1] != c):
-        raise ShapeError(f"{op}: shift has shape {shape_of(shift)}, needs ({x.shape[0]}, {c})")
+    if shift is not None and shift.shape != (shape[0], c):
+        raise ShapeError(f"{op}: shift has shape {shape_of(shift)}, needs ({shape[0]}, {c})")
 
 
 def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,

@@ -91,7 +91,7 @@ def check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Non
         raise ShapeError(f"{op}: x has {x.ndim} dimensions, needs (..., tokens, channels)")
     c = x.shape[-1]
     for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and (p.ndim != 1 or p.shape[0] != c):
+        if p is not None and p.shape != (c,):
             raise ShapeError(f"{op}: {name} has shape {shape_of(p)}, needs ({c},)")
 
 
@@ -120,4 +120,8 @@ def layer_norm_modulate(x: Tensor, scale: Tensor | None = None, shift: Tensor | 
     """
     name = "layer_norm_modulate"
     check(name, x, weight, bias)
-    return _call(x, condition(name, "scale", scale, x), condition(name, "shift", shift, x), weight, bias, eps)
+    if scale is not None:
+        scale = condition(name, "scale", scale, x)
+    if shift is not None:
+        shift = condition(name, "shift", shift, x)
+    return _call(x, scale, shift, weight, bias, eps)

@@ -88,10 +88,10 @@ _call = register(Op("pack_weight", "(Tensor weight) -> Tensor", reference, fake,
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """A weight (outputs, channels) or (outputs, channels, kernel, kernel), floating or int8, in the order of our products.
+    """A weight (outputs, channels) or (outputs, channels, kernel, kernel), floating or int8, in our products' order.
 
-    Returns a contiguous tensor (panels, chunks, taps, 2, 16, 16, group) of the same dtype: panels of 32 outputs as two
-    tiles of 16, chunks of 16 * group channels, group 2 for bfloat16, 4 for int8, otherwise 1; filled up with zeros.
+    Returns a contiguous tensor (panels, chunks, taps, 2, 16, 16, group) of the same dtype: panels of 32 outputs as
+    two tiles of 16, chunks of 16 * group channels, group 2 for bfloat16, 4 for int8, otherwise 1; filled up with zeros.
     ``conv2d`` and ``conv2d_q8`` take it.
     Raises ShapeError for another rank, or a kernel that is not square.
     """

@@ -13,8 +13,7 @@ import torch
 
 from ..checkpoints import Parts
 from ..errors import CheckpointError, DeviceError, PrecisionError
-from ..models import REGISTRY
-from ..models.base import check_names
+from ..models import REGISTRY, TEXT_ENCODERS
 from ..quantization import Plan, store
 from ..samplers import Schedule
 from .text import TextEncoder
@@ -82,15 +81,15 @@ def resolve_precision(
     return precision, PRECISIONS[precision]
 
 
-def _model(parts: Parts, part: str, dtype: torch.dtype, device: torch.device,
-           int8: Plan | None = None) -> Any:
+def _model(parts: Parts, part: str, dtype: torch.dtype, device: torch.device, int8: Plan | None = None) -> Any:
     config = parts.config(part)
+    kinds = TEXT_ENCODERS if part.startswith("text_encoder") else REGISTRY
     name = config.get("_class_name") or parts.class_name(part)
-    if name not in REGISTRY:
+    if name not in kinds:
         raise CheckpointError(f"{parts.path}: part {part!r} is a {name}, which is not supported; "
-                              f"supported: {', '.join(sorted(REGISTRY))}")
+                              f"supported: {', '.join(sorted(kinds))}")
     try:
-        model = REGISTRY[name][1].from_weights(
+        model = kinds[name][1].from_weights(
             config, parts.stream(part, None if int8 else dtype, device), pack=True, int8=int8, dtype=dtype)
     except CheckpointError as error:
         where = "" if str(parts.path) in str(error) else f"{parts.path}: part {part!r}: "
@@ -110,37 +109,6 @@ def _tokenizer(parts: Parts, part: str) -> Any:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{parts.path}: part {part!r} is not a readable CLIP tokenizer "
                               f"({str(error).splitlines()[0]})") from error
-
-
-def _text_encoder(parts: Parts, part: str, dtype: torch.dtype, device: torch.device) -> Any:
-    import transformers
-
-    config = parts.config(part)
-    architectures = config.get("architectures") or [config.get("_class_name") or "CLIPTextModel"]
-    name = architectures[0]
-    if name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-        raise CheckpointError(f"{parts.path}: part {part!r} is a {name}; supported: CLIPTextModel, "
-                              "CLIPTextModelWithProjection")
-    settings = transformers.CLIPTextConfig(**{k: v for k, v in config.items() if not k.startswith("_")})
-    cls = getattr(transformers, name)
-    with torch.device("meta"):
-        model = cls(settings)
-    wanted = {k: v.shape for k, v in model.state_dict().items()}
-    weights = _as_installed(parts.weights(part, dtype, device), set(wanted))
-    check_names(f"{parts.path}: part {part!r}", wanted, weights)
-    model.load_state_dict(weights, strict=True, assign=True)
-    embeddings = getattr(model, "text_model", model).embeddings
-    positions = torch.arange(settings.max_position_embeddings).expand(1, -1)
-    embeddings.register_buffer("position_ids", positions, persistent=False)
-    return model.to(device).eval().requires_grad_(False)
-
-
-def _as_installed(weights: dict[str, torch.Tensor], wanted: set[str]) -> dict[str, torch.Tensor]:
-    """CLIP text weights are stored with a ``text_model.`` prefix that newer transformers dropped."""
-    prefix = "text_model."
-    if any(k.startswith(prefix) for k in wanted) or not any(k.startswith(prefix) for k in weights):
-        return weights
-    return {k.removeprefix(prefix): v for k, v in weights.items()}
 
 
 def int8_file(parts: Parts) -> Path:
@@ -228,7 +196,7 @@ def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device)
         if f"tokenizer{suffix}" not in names:
             raise CheckpointError(f"{parts.path}: has part 'text_encoder{suffix}' but no 'tokenizer{suffix}'")
         encoders.append(TextEncoder(_tokenizer(parts, f"tokenizer{suffix}"),
-                                    _text_encoder(parts, f"text_encoder{suffix}", dtype, device), two))
+                                    _model(parts, f"text_encoder{suffix}", dtype, device), two))
     unet = _int8_unet(parts, device) if precision == "int8" else _model(parts, "unet", dtype, device)
     upcast = dtype == torch.float16 and parts.config(vae_part).get("force_upcast", False)
     vae = _model(parts, vae_part, torch.float32 if upcast else dtype, device)

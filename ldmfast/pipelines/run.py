@@ -88,14 +88,15 @@ def _embeds(pipe: Pipeline, request: Request) -> tuple[PromptEmbeds, PromptEmbed
     if request.prompts is None:
         return None
     encoders = pipe.loaded.text_encoders
-    alone = pipe.precision == "exact"
-    positive = encode_prompts(encoders, request.prompts, clip_skip=request.clip_skip, one_by_one=alone)
-    if request.negative_prompts is None:
-        return positive, None
-    force_zeros = len(encoders) == 2 and pipe.loaded.index.get("force_zeros_for_empty_prompt", True)
-    if force_zeros and not any(request.negative_prompts):
-        return positive, positive.zeros_like()
-    return positive, encode_prompts(encoders, request.negative_prompts, clip_skip=request.clip_skip, one_by_one=alone)
+    negatives = request.negative_prompts
+    force_zeros = (negatives is not None and not any(negatives) and len(encoders) == 2
+                   and pipe.loaded.index.get("force_zeros_for_empty_prompt", True))
+    prompts = request.prompts + ([] if negatives is None or force_zeros else negatives)
+    embeds = encode_prompts(encoders, prompts, clip_skip=request.clip_skip, one_by_one=pipe.precision == "exact")
+    if force_zeros:
+        return embeds, embeds.zeros_like()
+    count = len(request.prompts)
+    return embeds[:count], None if negatives is None else embeds[count:]
 
 
 def _branches(pipe: Pipeline, request: Request) -> list[Conditions]:

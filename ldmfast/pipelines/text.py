@@ -1,26 +1,31 @@
 """Prompts to text-encoder states, for one CLIP encoder (SD 1, SD 2, tiny) or two (SDXL).
 
-Tokenizers and text encoders come from transformers, whose fast tokenizers and output recorders keep
-mutable state; one lock a pipeline serialises them, everything else of a call runs in parallel.
+Tokenizers come from transformers; they keep mutable state, so one lock serialises them. Text encoders are native and
+run in parallel; one of another class (put into the components by hand) runs under the lock, too.
 """
 
 from __future__ import annotations
 
 import threading
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..errors import LdmfastError
+from ..models import Model
 
 _LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A tokenizer and its transformers text model; ``penultimate`` takes the last hidden layer but one (SDXL)."""
+    """A tokenizer and its text model; ``penultimate`` takes the last hidden layer but one (SDXL).
+
+    model: native, or any module with the arguments and outputs of transformers' CLIPTextModel.
+    """
 
     tokenizer: Any
     model: Any
@@ -33,6 +38,9 @@ class PromptEmbeds:
 
     states: torch.Tensor
     pooled: torch.Tensor | None = None
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> PromptEmbeds:
+        return PromptEmbeds(self.states[rows], None if self.pooled is None else self.pooled[rows])
 
     def repeat(self, times: int) -> PromptEmbeds:
         """Each prompt ``times`` times in a row."""
@@ -52,15 +60,18 @@ def _limit(encoder: TextEncoder) -> int:
 def tokenize(encoder: TextEncoder, prompts: list[str]) -> torch.Tensor:
     """Token ids (N, limit), padded and cut to the encoder's limit; warns with the text that was cut."""
     tokenizer, limit = encoder.tokenizer, _limit(encoder)
-    ids = tokenizer(prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
-    whole = tokenizer(prompts, padding=False, truncation=False).input_ids
-    for prompt, tokens in zip(prompts, whole):
-        if len(tokens) > limit:
-            cut = tokenizer.decode(tokens[limit - 1 : -1]).strip()
-            warnings.warn(
-                f"the prompt has {len(tokens) - 2} tokens and the text encoder takes {limit - 2}; "
-                f"cut off: {cut!r} (prompt: {prompt[:40]!r}...)", stacklevel=2)
-    return ids
+    with _LOCK:
+        ids = tokenizer(prompts, padding="max_length", max_length=limit, truncation=False).input_ids
+        if any(len(tokens) > limit for tokens in ids):
+            whole = ids
+            ids = tokenizer(prompts, padding="max_length", max_length=limit, truncation=True).input_ids
+            for prompt, tokens in zip(prompts, whole):
+                if len(tokens) > limit:
+                    cut = tokenizer.decode(tokens[limit - 1 : -1]).strip()
+                    warnings.warn(
+                        f"the prompt has {len(tokens) - 2} tokens and the text encoder takes {limit - 2}; "
+                        f"cut off: {cut!r} (prompt: {prompt[:40]!r}...)", stacklevel=2)
+    return torch.tensor(ids)
 
 
 def _encode_one(encoder: TextEncoder, prompts: list[str], clip_skip: int | None) -> tuple[torch.Tensor, Any]:
@@ -68,7 +79,8 @@ def _encode_one(encoder: TextEncoder, prompts: list[str], clip_skip: int | None)
     ids = tokenize(encoder, prompts).to(model.device)
     mask = torch.ones_like(ids) if getattr(model.config, "use_attention_mask", False) else None
     hidden = encoder.penultimate or clip_skip is not None
-    out = model(ids, attention_mask=mask, output_hidden_states=hidden)
+    with nullcontext() if isinstance(model, Model) else _LOCK:
+        out = model(ids, attention_mask=mask, output_hidden_states=hidden)
     if encoder.penultimate:
         return out.hidden_states[-2 if clip_skip is None else -(clip_skip + 2)], out[0]
     if clip_skip is None:
@@ -80,7 +92,7 @@ def _encode_one(encoder: TextEncoder, prompts: list[str], clip_skip: int | None)
 def encode_prompts(
     encoders: tuple[TextEncoder, ...], prompts: list[str], *, clip_skip: int | None = None, one_by_one: bool = False
 ) -> PromptEmbeds:
-    """Encode prompts with every encoder and join their states along the width.
+    """Encode prompts with every encoder and join their states along the width; equal prompts are encoded once.
 
     clip_skip counts hidden layers left out at the end, as in diffusers. one_by_one encodes each prompt alone, so
     that its embedding does not depend on its neighbours to the last bit.
@@ -89,13 +101,13 @@ def encode_prompts(
         layers = min(int(e.model.config.num_hidden_layers) for e in encoders)
         if not 0 <= clip_skip < layers:
             raise LdmfastError(f"clip_skip={clip_skip} leaves nothing of {layers} layers: choose 0 to {layers - 1}")
-    groups = [[p] for p in prompts] if one_by_one else [prompts]
+    distinct = list(dict.fromkeys(prompts))
+    groups = [[p] for p in distinct] if one_by_one else [distinct]
     embeds = []
-    with _LOCK, torch.inference_mode():
+    with torch.inference_mode():
         for group in groups:
             parts = [_encode_one(e, group, clip_skip) for e in encoders]
             embeds.append(PromptEmbeds(torch.cat([p[0] for p in parts], dim=-1), parts[-1][1]))
-    if len(embeds) == 1:
-        return embeds[0]
-    pooled = None if embeds[0].pooled is None else torch.cat([e.pooled for e in embeds if e.pooled is not None])
-    return PromptEmbeds(torch.cat([e.states for e in embeds]), pooled)
+        pooled = None if embeds[0].pooled is None else torch.cat([e.pooled for e in embeds if e.pooled is not None])
+        rows = PromptEmbeds(torch.cat([e.states for e in embeds]), pooled)
+        return rows if distinct == prompts else rows[torch.tensor([distinct.index(p) for p in prompts])]

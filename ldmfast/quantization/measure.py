@@ -82,7 +82,7 @@ def _int8_twin(layer: Linear | Conv2d) -> Linear | Conv2d:
     twin: Linear | Conv2d
     with torch.device("meta"):
         if isinstance(layer, Linear):
-            twin = Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            twin = type(layer)(layer.in_features, layer.out_features, layer.bias is not None)
         else:
             twin = Conv2d(layer.in_channels, layer.out_channels, int(layer.kernel_size[0]), int(layer.stride[0]),
                           int(layer.padding[0]), layer.bias is not None)

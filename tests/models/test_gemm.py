@@ -203,3 +203,24 @@ def test_nan_is_not_hidden_by_8_bits() -> None:
     broken.weight[1, 1] = float("nan")
     broken.quantize()
     assert broken(draw(3, 8)).isnan().any()
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_hooks_run_though_calls_are_direct(everywhere):
+    """The NaN finder and calibration look at layers through hooks, which a direct call of forward() would pass by."""
+    layer, x = Attention(8, 2, 4), torch.randn(1, 3, 8)
+    seen: list[str] = []
+    every = torch.nn.modules.module
+    before = every.register_module_forward_pre_hook if everywhere else layer.register_forward_pre_hook
+    after = every.register_module_forward_hook if everywhere else layer.register_forward_hook
+    handles = [before(lambda m, a: seen.append(f"before {type(m).__name__}")),
+               after(lambda m, a, out: seen.append(f"after {type(m).__name__}"))]
+    try:
+        layer(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    inner = [f"{when} Linear" for _ in range(4) for when in ("before", "after")] if everywhere else []
+    assert seen == ["before Attention", *inner, "after Attention"]
+    layer(x)
+    assert len(seen) == 2 + len(inner)

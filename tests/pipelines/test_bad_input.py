@@ -76,6 +76,15 @@ def test_missing_folder_and_parts(sd, tmp_path):
             ldmfast.Pipeline.from_pretrained(copy)
 
 
+def test_text_encoder_of_another_class(sd, tmp_path):
+    copy = tmp_path / "m"
+    shutil.copytree(sd[1], copy)
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"text_encoder": ["transformers", "T5EncoderModel"]}))
+    with pytest.raises(CheckpointError, match=r"'text_encoder' is a T5EncoderModel.*CLIPTextModelWithProjection"):
+        ldmfast.Pipeline.from_pretrained(copy)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "pickle", "empty", "lying config", "broken json", "unknown key"])
 def test_damaged_folder(sd, tmp_path, damage):
     copy = tmp_path / "m"

@@ -188,3 +188,22 @@ def test_large_pictures_in_tiles(ours):
         assert np.array_equal(ours(**call).images, whole), "pictures smaller than a tile are not tiled"
     finally:
         ours.disable_vae_tiling()
+
+
+def test_equal_prompts_are_encoded_once_and_land_in_their_rows(ours, sdxl, monkeypatch):
+    from ldmfast.pipelines.text import encode_prompts
+
+    prompts = ["a dog", "", "a dog", "a cat", ""]
+    for pipe in (ours, ldmfast.Pipeline.from_pretrained(sdxl[1])):
+        encoders = pipe.loaded.text_encoders
+        alone = [encode_prompts(encoders, [p]) for p in prompts]
+        seen = []
+        inner = encoders[0].model.forward
+        monkeypatch.setattr(encoders[0].model, "forward", lambda ids, **k: seen.append(ids) or inner(ids, **k))  # noqa: B023
+        together = encode_prompts(encoders, prompts, one_by_one=True)
+        assert torch.equal(together.states, torch.cat([e.states for e in alone])) and len(seen) == 3
+        assert (together.pooled is None) == (len(encoders) == 1)
+        if together.pooled is not None:
+            assert torch.equal(together.pooled, torch.cat([e.pooled for e in alone]))
+        batch = encode_prompts(encoders, prompts).states
+        assert torch.equal(batch[0], batch[2]) and (batch - together.states).abs().max() <= 1e-4

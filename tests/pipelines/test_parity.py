@@ -185,3 +185,17 @@ def test_bf16_stays_near_fp32(ours, sd):
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
     expected = theirs(**call, latents=noise.to(torch.bfloat16)).images
     assert 0 < ours_error <= 2 * np.abs(expected - exact).mean()
+
+
+def test_text_encoders_of_other_classes(sdxl):
+    """A text encoder that is not ours, put in by hand, is called with transformers' arguments (SDXL uses them all)."""
+    theirs, folder = sdxl
+    native = ldmfast.Pipeline.from_pretrained(folder)
+    call = {"prompt": ["a cat", "two dogs"], "negative_prompt": "blurry", "num_inference_steps": 2, "output_type": "np",
+            "height": 64, "width": 64, "generator": 1, "progress": False}
+    expected = native(**call).images
+    models = (theirs.text_encoder, theirs.text_encoder_2)
+    encoders = tuple(dataclasses.replace(e, model=m) for e, m in zip(native.loaded.text_encoders, models))
+    native.loaded = dataclasses.replace(native.loaded, text_encoders=encoders)
+    got = native(**call).images
+    assert 0 < worst(got, expected) <= LIMIT

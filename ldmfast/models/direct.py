@@ -1,0 +1,22 @@
+"""Calling a module at inference without torch's bookkeeping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as _torch
+
+
+class Direct(nn.Module):
+    """Calls forward() at once unless forward hooks are registered, on this module or for all.
+
+    torch's own call also looks for backward hooks, tracing and compiled calls, which costs 0.6 us: a tenth of a small
+    network's time, which has hundreds of modules a step.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if (self._forward_hooks or self._forward_pre_hooks or _torch._global_forward_hooks
+                or _torch._global_forward_pre_hooks):
+            return super().__call__(*args, **kwargs)
+        return self.forward(*args, **kwargs)
