@@ -223,8 +223,8 @@ class _Reader:
             raise ValueError(f"version {version}" if swapped not in (2, 3) else f"version {swapped}, big-endian; only "
                              "little-endian files are read")
         tensors, count = self.number("<Q"), self.number("<Q")
-        # a key has at least a length, a letter, a type and a byte; a tensor a length, a letter, a dimension
-        for n, limit, least, what in ((tensors, MAX_TENSORS, 33, "tensors"), (count, MAX_KEYS, 14, "keys")):
+        # a key has at least a length, a letter, a type and a byte; a tensor's entry takes 25 bytes without dimensions
+        for n, limit, least, what in ((tensors, MAX_TENSORS, 25, "tensors"), (count, MAX_KEYS, 14, "keys")):
             if n > limit or n * least > self.size - self.at:
                 raise ValueError(f"{n} {what}; the limit is {limit}, and {self.size - self.at} bytes are left")
         keys: dict[str, Any] = {}

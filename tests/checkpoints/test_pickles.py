@@ -165,7 +165,8 @@ import torch
 from ldmfast.checkpoints.open_file import open_file
 
 def status(key):
-    return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key + ":"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 path = Path(sys.argv[1])
 torch.save({str(i): torch.ones(8 << 20 >> 2) for i in range(12)}, path)
