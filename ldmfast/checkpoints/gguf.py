@@ -30,7 +30,7 @@ MAX_TEXT = 4 << 20  # bytes of strings kept in all
 _MAX_NAME = 512  # bytes; ggml itself stops at 64, files made from diffusers have up to about 90
 _MAX_KEPT = 1 << 16  # bytes; longer strings are passed over
 _MAX_ALIGNMENT = 1 << 20
-_PIECE = 1 << 20  # elements that are dequantised at a time
+_PIECE = 1 << 18  # elements that are dequantised at a time; the package needs about six times their fp32 size
 
 # number of a type -> its name, elements a block, bytes a block
 TYPES: dict[int, tuple[str, int, int]] = {

@@ -22,6 +22,7 @@ _CONTAINERS = ("state_dict", "model")
 # protocols 0 and 1 have no magic: an object begins with a mark, an empty container or the name of a global
 _TEXT_PICKLE = re.compile(rb"\((?:[dlti]|[cS(}\]])|[}\]]q|[dl]p\d|c[\w.]+\r?\n[\w.]+\r?\n")
 _MADV_DONTNEED = 4
+_PIECE = 1 << 20  # elements that are copied at a time
 
 
 def is_pickle(start: bytes) -> str | None:
@@ -53,12 +54,11 @@ class PickleFile(WeightFile):
              device: torch.device | str = "cpu", *, mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
         tensors = self._load()  # a mapping of its own: nobody else holds pages that are given back below
         for name in list(self.tensors if names is None else names):
-            tensor = tensors[name]
-            out = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=not mapped)
-            if self._zipped and not mapped:
-                _give_back(tensor)
-            del tensor
-            yield name, out
+            wanted = dtype if dtype is not None and tensors[name].is_floating_point() else tensors[name].dtype
+            if mapped:
+                yield name, tensors[name].to(device, wanted)
+            else:
+                yield name, _copied(tensors[name], wanted, self._zipped).to(device)
 
     def _load(self) -> dict[str, Tensor]:
         try:
@@ -82,11 +82,22 @@ class PickleFile(WeightFile):
         return found
 
 
-def _give_back(tensor: Tensor) -> None:
-    """Lets the kernel drop the pages of a mapped tensor that has been copied; they would stay resident otherwise."""
-    if sys.platform != "linux" or not tensor.is_contiguous():
+def _copied(tensor: Tensor, dtype: torch.dtype, mapped: bool) -> Tensor:
+    """A copy, in pieces, each of which is given back to the kernel; mapped pages would stay resident otherwise."""
+    if not tensor.is_contiguous():
+        return tensor.to(dtype, copy=True)
+    out = torch.empty(tensor.shape, dtype=dtype)
+    source, target = tensor.view(-1), out.view(-1)
+    for first in range(0, source.numel(), _PIECE):
+        target[first:first + _PIECE] = source[first:first + _PIECE]
+        if mapped:
+            _give_back(source[first:first + _PIECE])
+    return out
+
+
+def _give_back(piece: Tensor) -> None:
+    if sys.platform != "linux":
         return
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
+    start = piece.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE  # of a file's mapping: a page needed again is read again
+    length = piece.data_ptr() + piece.nbytes - start
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
