@@ -53,8 +53,12 @@ class Folder(Parts):
     def config(self, part: str) -> dict[str, Any]:
         folder = self.folder(part)
         for name in _CONFIGS:
-            if (folder / name).is_file():
-                return read_json(folder / name)
+            if os.path.isfile(folder / name):
+                config = read_json(folder / name)
+                cls = config.get("_class_name")
+                if cls is not None and not (isinstance(cls, str) and cls.isidentifier()):
+                    raise CheckpointError(f"{folder / name}: _class_name {str(cls)[:80]!r} is not the name of a class")
+                return config
         raise CheckpointError(f"{folder}: has no {_CONFIGS[0]} (or {', '.join(_CONFIGS[1:])})")
 
     def stream(self, part: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", *,

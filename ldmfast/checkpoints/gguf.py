@@ -274,4 +274,4 @@ def _check(infos: dict[str, Info], keys: dict[str, Any], end: int, size: int) ->
     for (_, stop, before), (start, _, name) in pairwise(found):
         if start < stop:
             raise ValueError(f"tensor {name[:80]!r} overlaps {before[:80]!r}")
-    return {name: data + offset for name, (_, _, offset) in infos.items()}
+    return {name: min(data + offset, size) for name, (_, _, offset) in infos.items()}  # empty ones may be anywhere

@@ -41,7 +41,7 @@ class Parts(ABC):
     def names(self) -> list[str]:
         """The parts that are there: "unet", "vae", "text_encoder", ..."""
         return [k for k, v in self.index.items() if isinstance(v, list) and len(v) == 2 and v[0] is not None
-                and isinstance(v[1], str)]
+                and isinstance(v[1], str) and v[1].isidentifier() and k.isprintable()]
 
     @property
     @abstractmethod

@@ -83,7 +83,15 @@ class SingleFile(Parts):
     def _sources(self, kind: str, prefix: str, numbers: ldm.Numbers) -> dict[str, ldm.Renamed]:
         renamed = {k: ldm.rename(kind, k[len(prefix):], numbers)
                    for k in self._shapes if k.startswith(prefix)}
-        return {k: r for k, r in renamed.items() if r is not None}
+        found = {k: r for k, r in renamed.items() if r is not None}
+        for name, r in found.items():
+            shape = self._shapes[name]
+            fits = {"split": len(shape) > 0 and shape[0] % 3 == 0, "transpose": len(shape) == 2,
+                    "linear": len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))}
+            if not fits.get(r.change, True):
+                raise CheckpointError(f"tensor {name!r} of a {kind} has shape {list(shape)}, which the CompVis layout "
+                                      "does not have there; the file is damaged, or of a kind that is not supported")
+        return found
 
     def _find_parts(self) -> dict[str, _Part]:
         parts: dict[str, _Part] = {}
