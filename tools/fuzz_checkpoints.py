@@ -6,8 +6,8 @@
 Every case is made from (kind, seed, number) alone, so a number that is reported can be repeated. A case passes if the
 file is read, or refused with an LdmfastError of one line that names it; if it takes at most one CPU second; and if a
 refusal costs at most 32 MiB over what was resident before. Cases run in child processes, 500 each, so that a crash is
-seen and named. The state is kept in --state after every 500 (a run goes on from there, after the cases that failed); the last line
-printed holds the counts, and the exit status is 1 if any case failed.
+seen and named. The state is kept in --state after every 500: a run goes on from there, after it has tried again what
+failed. The last line printed holds the counts, and the exit status is 1 if any case failed.
 """
 
 from __future__ import annotations
