@@ -147,7 +147,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: has no weight_map; the index is damaged")
     good: set[str] = set()
     for name in mapping.values():
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or (
+                not name.isprintable()):
             raise CheckpointError(f"{index}: names a shard {str(name)[:80]!r} that is not a file beside it")
         if name not in good and not os.path.isfile(index.parent / name):
             raise CheckpointError(f"{index.parent / name[:80]}: shard is missing, {index.name} names it")

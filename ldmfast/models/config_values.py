@@ -29,7 +29,7 @@ def check_values(config: Any) -> None:
             raise CheckpointError(f"config key {key!r} = {repr(value)[:80]} is not {_words(hint)} in range (numbers "
                                   f"up to {MAX_NUMBER}, lists up to {_LEVELS})")
     layers = _total(getattr(config, "layers_per_block", 1))
-    depth = _total(getattr(config, "transformer_layers_per_block", 1))
+    depth = max(_total(getattr(config, f"{way}transformer_layers_per_block", 1)) for way in ("", "reverse_"))
     levels = len(getattr(config, "block_out_channels", ()))
     encoders = _total(getattr(config, "num_encoder_blocks", ())) + _total(getattr(config, "num_decoder_blocks", ()))
     blocks = max(layers * depth * levels, encoders)

@@ -28,6 +28,7 @@ TINY = Path(ldmfast.__file__).parent / "assets" / "tiny"
     ("UNet2DConditionModel", {"layers_per_block": 1 << 40}, "'layers_per_block' = 1099511627776 is not"),
     ("UNet2DConditionModel", {"layers_per_block": 255}, "ask for 1020 blocks, the limit is 160"),
     ("UNet2DConditionModel", {"transformer_layers_per_block": [1, 2, 3, 100]}, "ask for 800 blocks"),
+    ("UNet2DConditionModel", {"reverse_transformer_layers_per_block": 357}, "ask for 2856 blocks"),
     ("UNet2DConditionModel", {"transformer_layers_per_block": None}, "'transformer_layers_per_block' = None is not"),
     ("UNet2DConditionModel", {"transformer_layers_per_block": 1.5}, "'transformer_layers_per_block' = 1.5 is not"),
     ("UNet2DConditionModel", {"in_channels": True}, "'in_channels' = True is not int"),
