@@ -38,6 +38,16 @@ QUANTIZE_EXAMPLES = """Examples:
 """
 
 
+CONVERT_EXAMPLES = """Examples:
+
+  ldmfast convert path/to/sd15 sd15.safetensors --dtype float16
+
+  ldmfast convert model.ckpt path/to/new-folder
+
+  ldmfast convert unet-Q8_0.gguf unet.safetensors --dtype bfloat16
+"""
+
+
 def _fail(error: Exception) -> None:
     typer.echo(f"ldmfast: {error}", err=True)
     raise typer.Exit(2)
@@ -199,6 +209,39 @@ def _lines(file: Path) -> list[str]:
         return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise LdmfastError(f"{file}: not a readable text file ({error})") from error
+
+
+@app.command(epilog=CONVERT_EXAMPLES)
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A diffusers folder, or a .safetensors, .ckpt or .gguf "
+                                                               "file.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A name ending in .safetensors, or a folder; it must "
+                                                               "not exist yet.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float8_e4m3fn or float8_e5m2 (default: "
+                                                   "as stored; float32 for quantised tensors).")] = None,
+    variant: Annotated[str | None, typer.Option(help="Weight files of the folder named model.<variant>.safetensors.")
+                       ] = None,
+    prediction_type: Annotated[str | None, typer.Option(help="epsilon or v_prediction, where a file does not say.")
+                               ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Write a checkpoint in another layout, format or dtype, one tensor at a time.
+
+    A folder becomes a single file in the layout of ComfyUI and A1111, a file becomes a diffusers folder; between files
+    names stay as they are. DST gets its name only when it is whole, whatever interrupts the writing.
+    """
+    from .checkpoints.convert import convert as run
+
+    try:
+        left_out = run(source, target, dtype=dtype, variant=variant, prediction_type=prediction_type,
+                       progress=not quiet)
+    except LdmfastError as error:
+        _fail(error)
+        return
+    files = [target] if target.is_file() else [f for f in target.rglob("*") if f.is_file()]
+    typer.echo(f"written to {target} ({sum(f.stat().st_size for f in files) / 1e6:.1f} MB)")
+    if left_out:
+        typer.echo(f"left out, because a single file has no place for it: {', '.join(left_out)}")
 
 
 @app.command()

@@ -73,3 +73,22 @@ def test_inspect_and_info(tmp_path):
 def test_help_teaches(tmp_path):
     text = ldmfast("generate", "--help", cwd=tmp_path).stdout
     assert "Examples" in text and "--from-png" in text
+
+
+def test_convert(tmp_path):
+    """A shipped folder in another dtype, as a user types it; then each refusal is one line."""
+    import safetensors.torch
+    import torch
+
+    import ldmfast as package
+
+    folder = Path(package.__file__).parent / "assets" / "tiny"
+    done = ldmfast("convert", str(folder), "new", "--dtype", "bfloat16", cwd=tmp_path)
+    assert done.returncode == 0 and "written to new" in done.stdout and "100%" in done.stderr, done.stderr
+    file = "unet/diffusion_pytorch_model.safetensors"
+    old, new = (safetensors.torch.load_file(f / file) for f in (folder, tmp_path / "new"))
+    assert old.keys() == new.keys() and all(torch.equal(new[k], v.bfloat16()) for k, v in old.items())
+    again = ldmfast("convert", str(folder), "new", cwd=tmp_path)
+    assert again.returncode == 2 and "exists already" in again.stderr and "Traceback" not in again.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]
+    assert "Examples" in ldmfast("convert", "--help", cwd=tmp_path).stdout

@@ -12,9 +12,11 @@ tokenizer is loaded from, None in a single file.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from .folder import Folder
 from .inspect import PartReport, Report, inspect
+from .open_file import open_file
 from .parts import Parts
 from .single_file import SingleFile
 
@@ -25,9 +27,12 @@ def open_folder(path: str | os.PathLike[str], variant: str | None = None) -> Fol
 
 
 def open_single_file(path: str | os.PathLike[str], prediction_type: str | None = None) -> SingleFile:
-    """Opens a file in CompVis layout; only its header is read. prediction_type: "epsilon" or "v_prediction",
-    where the file does not say (infer.prediction_type has the rule). Raises CheckpointError."""
-    return SingleFile(path, prediction_type)
+    """Opens a file in CompVis layout (safetensors, GGUF, or a PyTorch file); only its header is read.
+
+    prediction_type: "epsilon" or "v_prediction", where the file does not say (infer.prediction_type has the rule).
+    Raises CheckpointError.
+    """
+    return SingleFile(open_file(Path(path)), prediction_type)
 
 
 __all__ = ["Folder", "PartReport", "Parts", "Report", "SingleFile", "inspect", "open_folder", "open_single_file"]

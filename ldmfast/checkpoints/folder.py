@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .parts import Parts, read_json, read_tensors, rename_old
+from .open_file import open_file
+from .parts import Parts, read_json, rename_old
+from .weight_file import Stored, WeightFile
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _ENDINGS = ("safetensors", "bin", "ckpt", "pt")
@@ -26,14 +28,13 @@ class Folder(Parts):
         self.path = Path(path)
         self.variant = variant
         if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: is not a folder; give a diffusers folder, or open a single "
-                                  "file "
-                                  "with from_single_file")
+            raise CheckpointError(f"{self.path}: is not a folder; give a diffusers folder, or open a single file with "
+                                  "from_single_file")
         if (self.path / "model_index.json").is_file():
             self.index = read_json(self.path / "model_index.json")
         elif (self.path / "config.json").is_file():
             name = read_json(self.path / "config.json").get("_class_name")
-            self.index = {"_class_name": None, "model": ["diffusers", name]}
+            self.index = {"_class_name": None, "model": ["diffusers", str(name)]}
         else:
             raise CheckpointError(f"{self.path}: has no model_index.json; give the folder that "
                                   "save_pretrained wrote")
@@ -44,25 +45,54 @@ class Folder(Parts):
         self.class_name(part)
         if self.index.get("_class_name") is None and part == "model":
             return self.path
-        if Path(part).name != part or not (self.path / part).is_dir():
-            raise CheckpointError(f"{self.path}: model_index.json names {part!r}, the folder {part}/ is "
+        if Path(part).name != part or part == ".." or not os.path.isdir(self.path / part):
+            raise CheckpointError(f"{self.path}: model_index.json names {part[:80]!r}, the folder {part[:80]}/ is "
                                   "missing")
         return self.path / part
 
     def config(self, part: str) -> dict[str, Any]:
         folder = self.folder(part)
         for name in _CONFIGS:
-            if (folder / name).is_file():
-                return read_json(folder / name)
+            if os.path.isfile(folder / name):
+                config = read_json(folder / name)
+                cls = config.get("_class_name")
+                if cls is not None and not (isinstance(cls, str) and cls.isidentifier()):
+                    raise CheckpointError(f"{folder / name}: _class_name {str(cls)[:80]!r} is not the name of a class")
+                return config
         raise CheckpointError(f"{folder}: has no {_CONFIGS[0]} (or {', '.join(_CONFIGS[1:])})")
 
     def stream(self, part: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", *,
                mapped: bool = False) -> Iterator[tuple[str, Tensor]]:
-        for file in self.part_files(part):
-            for name, tensor in read_tensors(file, dtype, device, mapped=mapped):
+        for file in self.open_part(part):
+            for name, tensor in file.read(None, dtype, device, mapped=mapped):
                 current = rename_old(name)
                 if current is not None:
                     yield current, tensor
+                del tensor  # before the next one is read
+
+    def tensors(self, part: str) -> dict[str, Stored]:
+        renamed = ((rename_old(k), v) for file in self.open_part(part) for k, v in file.tensors.items())
+        return {k: v for k, v in renamed if k is not None}
+
+    def open_part(self, part: str) -> list[WeightFile]:
+        """The part's weight files, checked against each other. Raises CheckpointError when a tensor is in two shards,
+        or not in the shard that the index names."""
+        paths, index = self._found(part)
+        files = [open_file(path) for path in paths]
+        owner: dict[str, Path] = {}
+        for file in files:
+            twice = next((k for k in file.tensors if k in owner), None)
+            if twice is not None:
+                raise CheckpointError(f"{file.path}: tensor {twice!r} is in {owner[twice].name}, too; the shards are "
+                                      "of different models, fetch them again")
+            owner.update(dict.fromkeys(file.tensors, file.path))
+        hidden = {name for file in files for name in file.hidden}
+        for name, shard in ({} if index is None else _weight_map(index)).items():
+            there = owner.get(name)
+            if name not in hidden and (there is None or there.name != shard):
+                raise CheckpointError(f"{index}: says that tensor {name[:80]!r} is in {shard}, it is "
+                                      f"{f'in {there.name}' if there else 'in no shard'}; fetch the model again")
+        return files
 
     @property
     def files(self) -> list[Path]:
@@ -74,12 +104,16 @@ class Folder(Parts):
 
     def part_files(self, part: str) -> list[Path]:
         """The weight files of a part: one, or its shards. Raises CheckpointError when there are none."""
+        return self._found(part)[0]
+
+    def _found(self, part: str) -> tuple[list[Path], Path | None]:
+        """The part's weight files, and the index that names them if they are shards."""
         folder = self.folder(part)
         for variant in ([self.variant] if self.variant else []) + [None]:
             for ending in _ENDINGS:
                 for stem in _STEMS:
                     found = _find(folder, stem, ending, variant)
-                    if found:
+                    if found is not None:
                         return found
         hint = ", ".join(_variants(folder))
         raise CheckpointError(f"{folder}: has no weights ({_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors)"
@@ -87,36 +121,39 @@ class Folder(Parts):
 
     def _check_variant(self, variant: str) -> None:
         """A part without the variant uses its plain files, as in diffusers; but some part must have it."""
-        folders = [self.path] + [self.path / n for n in self.names if (self.path / n).is_dir()]
+        folders = [self.path, *(self.path / n for n in self.names if os.path.isdir(self.path / n))]
         there = sorted({v for folder in folders for v in _variants(folder)})
         if variant not in there:
             raise CheckpointError(f"{self.path}: has no variant {variant!r}; "
                                   + (f"it has {', '.join(there)}" if there else "leave variant out"))
 
 
-
-def _find(folder: Path, stem: str, ending: str, variant: str | None) -> list[Path]:
+def _find(folder: Path, stem: str, ending: str, variant: str | None) -> tuple[list[Path], Path | None] | None:
     tag = f".{variant}" if variant else ""
     for name in (f"{stem}{tag}.{ending}", f"{stem}.{ending}{tag}"):
-        if (folder / name).is_file() and name.endswith(ending):
-            return [folder / name]
+        if os.path.isfile(folder / name) and name.endswith(ending):
+            return [folder / name], None
     for name in (f"{stem}.{ending}.index{tag}.json", f"{stem}{tag}.{ending}.index.json"):
-        if (folder / name).is_file():
-            return _shards(folder / name)
-    return []
+        if os.path.isfile(folder / name):
+            shards = dict.fromkeys(_weight_map(folder / name).values())
+            return [folder / shard for shard in shards], folder / name
+    return None
 
 
-def _shards(index: Path) -> list[Path]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file beside the index. Raises CheckpointError for a name that leads elsewhere or to no file."""
     mapping = read_json(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise CheckpointError(f"{index}: has no weight_map; the index is damaged")
-    names = list(dict.fromkeys(mapping.values()))
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"{index}: names a shard {name!r} that is not a file beside it")
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index.parent / name}: shard is missing, {index.name} names it")
-    return [index.parent / name for name in names]
+    good: set[str] = set()
+    for name in mapping.values():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or (
+                not name.isprintable()):
+            raise CheckpointError(f"{index}: names a shard {str(name)[:80]!r} that is not a file beside it")
+        if name not in good and not os.path.isfile(index.parent / name):
+            raise CheckpointError(f"{index.parent / name[:80]}: shard is missing, {index.name} names it")
+        good.add(name)
+    return mapping
 
 
 def _variants(folder: Path) -> list[str]:

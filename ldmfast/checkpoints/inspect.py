@@ -8,21 +8,19 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
-
 from ..errors import CheckpointError
-from . import safetensors
 from .folder import Folder
-from .parts import Parts, read_pickle
+from .open_file import open_file
+from .parts import Parts
 from .single_file import SingleFile
+from .weight_file import Stored
 
 # (some tensor's name contains this) -> what the file is, for files that hold no part of a pipeline
 _OTHER = (
     ("lora_unet_", "LoRA (kohya layout)"), (".lora_A.", "LoRA (peft layout)"),
     (".lora.down.", "LoRA (diffusers layout)"), ("control_model.", "ControlNet (CompVis layout)"),
     ("controlnet_cond_embedding.", "ControlNet (diffusers layout)"),
-    ("decoder.up_blocks.", "VAE (diffusers layout, without its config)"),
-    ("down_blocks.", "UNet (diffusers layout, without its config)"),
+    ("down_blocks.", "a diffusers model of a kind that single files do not hold"),
     ("double_blocks.", "Flux transformer"), ("joint_blocks.", "SD 3 transformer"),
 )
 
@@ -85,12 +83,11 @@ def _folder(parts: Folder) -> Report:
     found = []
     for part in parts.names:
         try:
-            files = parts.part_files(part)
+            parts.part_files(part)
         except CheckpointError:
-            files = []  # tokenizers and schedulers have no weights
-        tensors: list[_Tensor] = []
-        for file in files:
-            tensors += _tensors(file)
+            tensors = []  # tokenizers and schedulers have no weights
+        else:
+            tensors = _tensors({k: t for file in parts.open_part(part) for k, t in file.tensors.items()})
         found.append(_report(part, parts.class_name(part) or "?", tensors))
     kind = parts.index.get("_class_name")
     return Report(parts.path, f"diffusers folder, {kind}" if kind else "folder of one diffusers model",
@@ -98,10 +95,10 @@ def _folder(parts: Folder) -> Report:
 
 
 def _file(path: Path) -> Report:
-    tensors = _tensors(path)
-    metadata = safetensors.read_header(path).metadata if path.suffix == ".safetensors" else {}
+    file = open_file(path)
+    tensors, metadata = _tensors(file.tensors), file.metadata
     try:
-        parts = SingleFile(path)
+        parts = SingleFile(file)
     except CheckpointError:
         kind = next((kind for mark, kind in _OTHER if any(mark in t.name for t in tensors)), "unknown model")
         return Report(path, kind, (_report("(all tensors)", "", tensors),), metadata)
@@ -129,18 +126,8 @@ def _describe(parts: Parts) -> str:
     return f"CompVis-layout file, {family}{use}, predicts {parts.config('scheduler')['prediction_type']}"
 
 
-def _tensors(path: Path) -> list[_Tensor]:
-    with path.open("rb") as file:
-        kind = safetensors.other_kind(file.read(32))
-    if path.suffix != ".safetensors" and kind is not None and "pickle" in kind:
-        return [_Tensor(k, _name(t.dtype), tuple(t.shape), t.numel() * t.element_size())
-                for k, t in read_pickle(path).items()]
-    return [_Tensor(k, _name(safetensors.DTYPES[e.dtype]), e.shape, e.nbytes)
-            for k, e in safetensors.read_header(path).tensors.items()]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _tensors(tensors: dict[str, Stored]) -> list[_Tensor]:
+    return [_Tensor(k, t.kind, t.shape, t.nbytes) for k, t in tensors.items()]
 
 
 def _report(name: str, kind: str, tensors: list[_Tensor]) -> PartReport:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from . import safetensors
+from .weight_file import Stored
 
-_MAX_JSON = 16 << 20  # bytes; the largest real one, the index of a sharded model, has below 1 MB
+_MAX_JSON = 1 << 20  # bytes; the largest real ones, indices of sharded models, have 0.2 MB; parsed it can be 22 times
 
 # names that older diffusers and transformers wrote: pattern, replacement (None: the tensor is not needed)
 _OLD_NAMES: tuple[tuple[re.Pattern[str], str | None], ...] = (
@@ -41,7 +40,8 @@ class Parts(ABC):
     @property
     def names(self) -> list[str]:
         """The parts that are there: "unet", "vae", "text_encoder", ..."""
-        return [k for k, v in self.index.items() if isinstance(v, list) and len(v) == 2 and v[0] is not None]
+        return [k for k, v in self.index.items() if isinstance(v, list) and len(v) == 2 and v[0] is not None
+                and isinstance(v[1], str) and v[1].isidentifier() and k.isprintable()]
 
     @property
     @abstractmethod
@@ -64,6 +64,10 @@ class Parts(ABC):
                mapped: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The part's tensors under diffusers' or transformers' names, one after the other in file order: read into
         memory that is free again when the caller lets go, or memory-mapped unless converted."""
+
+    @abstractmethod
+    def tensors(self, part: str) -> dict[str, Stored]:
+        """How the part's tensors are stored, under the names and in the order of ``stream``; no data is read."""
 
     def weights(self, part: str, dtype: torch.dtype | None = None,
                 device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -97,42 +101,3 @@ def rename_old(name: str) -> str | None:
         if pattern.search(name):
             return None if replacement is None else pattern.sub(replacement, name)
     return name
-
-
-def read_tensors(path: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", *,
-                 mapped: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of one weight file; the kind is told by content, never by the ending.
-
-    safetensors, or a PyTorch file that torch's weights-only loader takes. Raises CheckpointError.
-    """
-    try:
-        with path.open("rb") as file:
-            kind = safetensors.other_kind(file.read(32))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if path.suffix == ".safetensors" or kind is None:
-        yield from safetensors.load(path, dtype, device, mapped=mapped)
-        return
-    if "pickle" not in kind:
-        raise CheckpointError(f"{path}: not a weight file but {kind}")
-    for name, tensor in read_pickle(path).items():
-        yield name, tensor.to(device, dtype if tensor.is_floating_point() else None)
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Tensors of a PyTorch file, through torch's weights-only loader alone: nothing in the file is
-    executed."""
-    zipped = path.open("rb").read(2) == b"PK"
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError,
-            IndexError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: torch's weights-only loader refuses it ({reason[:160]}); convert it "
-                              "to "
-                              "safetensors where it was made") from error
-    if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
-        values = values["state_dict"]
-    if not isinstance(values, dict) or not any(isinstance(v, Tensor) for v in values.values()):
-        raise CheckpointError(f"{path}: holds no named tensors; not a model's weights")
-    return {k: v for k, v in values.items() if isinstance(v, Tensor)}

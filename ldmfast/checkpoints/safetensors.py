@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .pickles import is_pickle
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 MAX_TENSORS = 50_000  # ten times the largest diffusion model in use; an entry costs about 0.5 KB here
@@ -131,26 +133,15 @@ def _tensor(header: Header, entry: Entry, file: BinaryIO, mapped: mmap.mmap | No
 
 
 _OTHER_KINDS = (
-    (b"PK\x03\x04", "a zip archive (a PyTorch pickle?)"), (b"GGUF", "a GGUF file"), (b"\x89HDF", "an HDF5 "
-                                                                                                 "file"),
+    (b"GGUF", "a GGUF file"), (b"\x89HDF", "an HDF5 file"),
     (b"version https://git-lfs", "a Git LFS pointer, not the data: run git lfs pull"),
     (b"<!DOCTYPE", "a web page"), (b"<html", "a web page"), (b"<?xml", "a web page"),
 )
 
 
-def other_kind(start: bytes) -> str | None:
-    """What a file that is not safetensors is, by its first bytes, if they tell."""
-    for magic, kind in _OTHER_KINDS:
-        if start.startswith(magic):
-            return kind
-    if len(start) > 2 and start[0] == 0x80 and start[1] in range(1, 6) and start[8:9] != b"{":
-        return "a Python pickle"
-    return None
-
-
 def _header_length(path: Path, file: BinaryIO, size: int) -> int:
-    start = file.read(32)
-    kind = other_kind(start)
+    start = file.read(512)
+    kind = next((k for magic, k in _OTHER_KINDS if start.startswith(magic)), None) or is_pickle(start)
     if kind is not None:
         raise CheckpointError(f"{path}: not a safetensors file but {kind}")
     if len(start) < 10:
@@ -286,11 +277,11 @@ def _entry(name: str, value: Any) -> Entry:
     if len(shape) > 16 or len(offsets) != 2:
         raise ValueError(f"{where} has {len(shape)} dimensions (limit 16) and {len(offsets)} offsets (2 "
                          "needed)")
-    size = DTYPES[dtype].itemsize
-    for n in shape:
-        size *= n
+    size = DTYPES[dtype].itemsize * prod(shape)
     if size != offsets[1] - offsets[0]:
         raise ValueError(f"{where}, {dtype} {shape}, needs {size} bytes and has {offsets[1] - offsets[0]}")
+    if not size and prod(n or 1 for n in shape) >= 1 << 62:  # torch multiplies the sizes of an empty tensor, too
+        raise ValueError(f"{where} has shape {shape}, too large")
     return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
 

@@ -3,9 +3,9 @@ used."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from . import infer, ldm, safetensors
-from .parts import Parts, read_pickle
+from . import infer, ldm, to_ldm
+from .parts import Parts, rename_old
+from .weight_file import Stored, WeightFile
 
 _UNET_MARK, _VAE_MARK = "input_blocks.0.0.weight", "decoder.conv_in.weight"
 _CLIP_MARK, _OPEN_CLIP_MARK = "embeddings.token_embedding.weight", "token_embedding.weight"
@@ -29,19 +30,15 @@ class _Part:
 
 
 class SingleFile(Parts):
-    """SD 1, SD 2, SDXL or its refiner in one .safetensors (or .ckpt, through torch's weights-only loader)."""
+    """SD 1, SD 2, SDXL or its refiner in one file, or some of their parts: safetensors, GGUF, or a PyTorch file
+    (through torch's weights-only loader). A UNet or VAE alone may have diffusers' names, too."""
 
-    def __init__(self, path: str | os.PathLike[str], prediction_type: str | None = None):
-        self.path = Path(path)
-        self._header, self._tensors = _open(self.path)
-        metadata = {} if self._header is None else self._header.metadata
-        if self._header is not None:
-            self._shapes = {k: e.shape for k, e in self._header.tensors.items()}
-        else:
-            self._shapes = {k: tuple(t.shape) for k, t in self._tensors.items()}
+    def __init__(self, file: WeightFile, prediction_type: str | None = None):
+        self.path, self._file = file.path, file
+        self._shapes = {k: t.shape for k, t in file.tensors.items()}
         try:
             self._parts = self._find_parts()
-            self._configs = self._other_configs(prediction_type, metadata)
+            self._configs = self._other_configs(prediction_type, file.metadata)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
         self.index = self._make_index()
@@ -60,18 +57,25 @@ class SingleFile(Parts):
 
     def stream(self, part: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", *,
                mapped: bool = False) -> Iterator[tuple[str, Tensor]]:
+        sources = self._sources_of(part)
+        for name, tensor in self._file.read(list(sources), dtype, device, mapped=mapped):
+            yield from sources[name].apply(tensor)
+            del tensor  # before the next one is read
+
+    def tensors(self, part: str) -> dict[str, Stored]:
+        found = {}
+        for name, renamed in self._sources_of(part).items():
+            stored = self._file.tensors[name]
+            for new in renamed.names:
+                found[new] = replace(stored, shape=self._new_shape(name, renamed),
+                                     nbytes=stored.nbytes // len(renamed.names))
+        return found
+
+    def _sources_of(self, part: str) -> dict[str, ldm.Renamed]:
         self.class_name(part)
         if part not in self._parts:
             raise CheckpointError(f"{self.path}: part {part!r} has no weights")
-        sources = self._parts[part].sources
-        if self._header is not None:
-            for name, tensor in safetensors.load(self._header, dtype, device, list(sources), mapped=mapped):
-                yield from sources[name].apply(tensor)
-        else:
-            for name, renamed in sources.items():
-                tensor = self._tensors[name]
-                renamed_tensors = renamed.apply(tensor.to(device, dtype if tensor.is_floating_point() else None))
-                yield from renamed_tensors
+        return self._parts[part].sources
 
     def _behind(self, prefix: str) -> dict[str, tuple[int, ...]]:
         return {k[len(prefix):]: v for k, v in self._shapes.items() if k.startswith(prefix)}
@@ -79,7 +83,15 @@ class SingleFile(Parts):
     def _sources(self, kind: str, prefix: str, numbers: ldm.Numbers) -> dict[str, ldm.Renamed]:
         renamed = {k: ldm.rename(kind, k[len(prefix):], numbers)
                    for k in self._shapes if k.startswith(prefix)}
-        return {k: r for k, r in renamed.items() if r is not None}
+        found = {k: r for k, r in renamed.items() if r is not None}
+        for name, r in found.items():
+            shape = self._shapes[name]
+            fits = {"split": len(shape) > 0 and shape[0] % 3 == 0, "transpose": len(shape) == 2,
+                    "linear": len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))}
+            if not fits.get(r.change, True):
+                raise CheckpointError(f"tensor {name!r} of a {kind} has shape {list(shape)}, which the CompVis layout "
+                                      "does not have there; the file is damaged, or of a kind that is not supported")
+        return found
 
     def _find_parts(self) -> dict[str, _Part]:
         parts: dict[str, _Part] = {}
@@ -89,8 +101,9 @@ class SingleFile(Parts):
         for prefix, part in ldm.OPEN_CLIP_PREFIXES:
             if prefix + _OPEN_CLIP_MARK in self._shapes:
                 parts[part] = self._text("open_clip", prefix)
+        parts |= self._diffusers_parts()
         unet = next((p for p in ldm.UNET_PREFIXES if p + _UNET_MARK in self._shapes), None)
-        vae = next((p for p in ldm.VAE_PREFIXES if p + _VAE_MARK in self._shapes), None)
+        vae = next((p for p in ldm.VAE_PREFIXES if p + _VAE_MARK in self._shapes and "vae" not in parts), None)
         xl = False
         if unet is not None:
             second = parts.get("text_encoder_2")
@@ -107,7 +120,24 @@ class SingleFile(Parts):
             some = ", ".join(map(repr, list(self._shapes)[:2])) or "none"
             raise CheckpointError(f"holds no part of SD 1, SD 2 or SDXL in the CompVis layout (its tensors: "
                                   f"{some}, ...);"
-                                  " a diffusers model is opened by its folder")
+                                  " a whole diffusers model is opened by its folder")
+        return parts
+
+    def _diffusers_parts(self) -> dict[str, _Part]:
+        """A UNet or VAE under diffusers' names, without a config: shapes are read as the CompVis layout has them."""
+        parts: dict[str, _Part] = {}
+        for part, mark in (("unet", "down_blocks.0.resnets.0.conv1.weight"),
+                           ("vae", "decoder.up_blocks.0.resnets.0.conv1.weight")):
+            prefixes = ldm.UNET_PREFIXES if part == "unet" else ldm.VAE_PREFIXES
+            prefix = next((p for p in prefixes if p + mark in self._shapes), None)
+            if prefix is None:
+                continue
+            new = {k: rename_old(k[len(prefix):]) for k in self._shapes if k.startswith(prefix)}
+            current = {k: v for k, v in new.items() if v is not None}
+            layout = to_ldm.Layout.of(current.values())
+            shapes = {to_ldm.rename(part, v, layout).name: self._shapes[k] for k, v in current.items()}
+            config = infer.unet_config(shapes) if part == "unet" else infer.vae_config(shapes)
+            parts[part] = _Part(part, prefix, config, {k: ldm.Renamed((v,), "") for k, v in current.items()})
         return parts
 
     def _text(self, kind: str, prefix: str) -> _Part:
@@ -131,6 +161,8 @@ class SingleFile(Parts):
 
     def _new_shape(self, name: str, renamed: ldm.Renamed) -> tuple[int, ...]:
         shape = self._shapes[name]
+        if renamed.change == "linear":
+            return (shape[0], prod(shape[1:]))
         if renamed.change == "split":
             return (shape[0] // 3, *shape[1:])
         return shape[::-1] if renamed.change == "transpose" else shape
@@ -168,13 +200,3 @@ class SingleFile(Parts):
             index[part] = [library, cls]
         return index
 
-
-def _open(path: Path) -> tuple[safetensors.Header | None, dict[str, Tensor]]:
-    try:
-        with path.open("rb") as file:
-            kind = safetensors.other_kind(file.read(32))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if path.suffix == ".safetensors" or kind is None or "pickle" not in kind:
-        return safetensors.read_header(path), {}
-    return None, read_pickle(path)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from .base import Config, Model
 from .gemm import Conv2d
+from .single_file import FromSingleFile
 from .tiling import check_image, run
 from .vae_blocks import Decoder, Encoder, check_blocks
 
@@ -92,10 +93,11 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator | None, dtype: to
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
-class AutoencoderKL(Model):
+class AutoencoderKL(FromSingleFile, Model):
     """Rombach et al. 2022, section 3.1. Inference only; nothing is written to the module by a call."""
 
     config_class = AutoencoderKLConfig
+    part = "vae"
 
     def __init__(self, config: AutoencoderKLConfig):
         super().__init__(config)

@@ -11,17 +11,19 @@ from torch import Tensor
 from ..errors import LdmfastError, ShapeError
 from .gemm import Linear
 from .layers import ACTIVATIONS, TimestepEmbedding, by_rows, timestep_embedding
+from .single_file import FromSingleFile
 from .unet_config import UNet2DConditionConfig
 from .unet_state import UNetState, as_list, mask_bias
 from .unet_trunk import UNetTrunk
 
 
-class UNet2DCondition(UNetTrunk):
+class UNet2DCondition(FromSingleFile, UNetTrunk):
     """Rombach et al. 2022, section 3.3, and SDXL (Podell et al. 2023, section 2). Inference only, thread-safe:
     nothing is written to the module; what depends on the call is in the ``UNetState`` that prepare() returns.
     """
 
     config_class = UNet2DConditionConfig
+    part = "unet"
 
     def __init__(self, config: UNet2DConditionConfig):
         super().__init__(config, (config.conv_in_kernel, config.conv_out_kernel))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from ..errors import CheckpointError, LdmfastError
 from .schedules import Schedule
@@ -109,7 +112,7 @@ _REPLACED = {"DPMSolverMultistepScheduler": {"logrho": "midpoint", "bh1": "midpo
 def solver_of(config: Mapping[str, Any]) -> str:
     """The solver a diffusers scheduler config stands for. CheckpointError for an unknown class."""
     name = config.get("_class_name")
-    if name not in CLASS_TO_SOLVER:
+    if not isinstance(name, str) or name not in CLASS_TO_SOLVER:
         raise CheckpointError(f"scheduler config: _class_name={name!r} is not supported; give solver= and a "
                               f"config of one of {', '.join(CLASS_DEFAULTS)}")
     solver = CLASS_TO_SOLVER[name]
@@ -139,12 +142,12 @@ def read_config(config: Mapping[str, Any], solver: str | None) -> Schedule:
               for k, v in values.items()}
     _refuse(values, target)
     fields = {key: values[key] for key in _PLAIN if key in values}
+    fields["shift"] = shift if flow else 1.0
+    _check_types(fields)
     if values.get("trained_betas") is not None:
-        fields["trained_betas"] = tuple(float(b) for b in values["trained_betas"])
-    if flow:
-        fields["shift"] = shift
-        if own_class.startswith("FlowMatch"):
-            fields["prediction_type"] = "flow_prediction"
+        fields["trained_betas"] = _betas(values["trained_betas"])
+    if flow and own_class.startswith("FlowMatch"):
+        fields["prediction_type"] = "flow_prediction"
     options = {_OPTIONS[k]: v for k, v in values.items() if k in _OPTIONS}
     options = _solver_options(name, own, options)
     try:
@@ -152,6 +155,37 @@ def read_config(config: Mapping[str, Any], solver: str | None) -> Schedule:
                         config=dict(config))
     except (LdmfastError, TypeError, ValueError) as error:
         raise CheckpointError(f"scheduler config of {own_class}: {error}") from error
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Schedule)}
+_MAX_TIMESTEPS = 1 << 20
+
+
+def _check_types(fields: Mapping[str, Any]) -> None:
+    """Each value must have the kind of its field's default: a config is another program's output, or damaged."""
+    for key, value in fields.items():
+        default = _DEFAULTS[key]
+        if isinstance(default, (bool, str)):
+            fits = type(value) is type(default)
+        elif isinstance(default, int):
+            fits = type(value) is int and abs(value) <= _MAX_TIMESTEPS
+        else:
+            fits = (value is None and default is None) or (
+                isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e9) or (
+                value == -math.inf == default)
+        if not fits:
+            raise CheckpointError(f"scheduler config: {key}={repr(value)[:80]} is not a value like {default!r}, in "
+                                  "range")
+
+
+def _betas(values: Any) -> tuple[float, ...]:
+    try:
+        betas = np.asarray(values, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        betas = np.zeros(())
+    if betas.ndim != 1 or len(betas) > _MAX_TIMESTEPS or not np.isfinite(betas).all():
+        raise CheckpointError(f"scheduler config: trained_betas={repr(values)[:80]} is not a list of numbers")
+    return tuple(betas.tolist())
 
 
 def _given(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
@@ -165,8 +199,8 @@ def _given(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
         if key in _ALL_KEYS:
             given[key] = value
         elif key not in _FOREIGN and value not in (None, False, [], {}):
-            raise CheckpointError(f"scheduler config of {own_class}: {key}={value!r} is not known here; "
-                                  "remove it if it does not change the numbers")
+            raise CheckpointError(f"scheduler config of {own_class}: {key[:80]!r} = {repr(value)[:80]} is not known "
+                                  "here; remove it if it does not change the numbers")
     return given
 
 

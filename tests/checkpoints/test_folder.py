@@ -183,3 +183,50 @@ def test_inspect_other_files(names: list[str], kind: str, tmp_path: Path) -> Non
     assert report.kind == kind and report.nbytes == 12 * len(names) and report.metadata == {"format": "pt"}
     with pytest.raises(CheckpointError, match="does not exist"):
         inspect(tmp_path / "none")
+
+
+@pytest.fixture
+def shards(pipeline, tmp_path: Path) -> tuple[Path, dict]:
+    """(folder, index) of a VAE in three shards or more."""
+    pipeline.vae.save_pretrained(tmp_path, max_shard_size="100KB")
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) >= 3
+    return tmp_path, index
+
+
+def test_a_tensor_in_two_shards(shards) -> None:
+    folder, index = shards
+    first, second, *_ = sorted(set(index["weight_map"].values()))
+    tensors = safetensors.torch.load_file(folder / second)
+    twice = next(iter(safetensors.torch.load_file(folder / first)))
+    safetensors.torch.save_file(tensors | {twice: torch.ones(1)}, folder / second)
+    with pytest.raises(CheckpointError, match=f"tensor '{twice}' is in .*, too"):
+        open_folder(folder).weights("model")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda m, names: m.update({"quant_conv.bias": next(n for n in names if n != m["quant_conv.bias"])}),
+     "says that tensor 'quant_conv.bias' is in .*, it is in diffusion"),
+    (lambda m, names: m.update({"more": names[0]}), "says that tensor 'more' is in .*, it is in no shard"),
+    (lambda m, names: m.update({"quant_conv.bias": ["x"]}), "that is not a file beside it"),
+    (lambda m, names: m.update({"quant_conv.bias": "/etc/hosts"}), "that is not a file beside it"),
+    (lambda m, names: m.update({"quant_conv.bias": ".."}), "that is not a file beside it"),
+    (lambda m, names: m.update({"quant_conv.bias": "x" * 5000}), "shard is missing"),
+    (lambda m, names: m.update({"quant_conv.bias": "a\0b"}), "that is not a file beside it"),
+])
+def test_indices_that_do_not_fit(shards, change, message: str) -> None:
+    folder, index = shards
+    change(index["weight_map"], sorted(set(index["weight_map"].values())))
+    _write(folder / "diffusion_pytorch_model.safetensors.index.json", json.dumps(index))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_folder(folder).weights("model")
+    assert len(str(caught.value)) < 600
+
+
+def test_a_part_cannot_lead_out_of_the_folder(pipeline, tmp_path: Path) -> None:
+    """A part named ".." once passed as a folder name of its own, and read the parent's config."""
+    inner = tmp_path / "inner"
+    pipeline.vae.save_pretrained(tmp_path)
+    _write(inner / "model_index.json", json.dumps({"..": ["diffusers", "AutoencoderKL"]}))
+    with pytest.raises(CheckpointError, match="is missing"):
+        open_folder(inner).config("..")

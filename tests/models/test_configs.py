@@ -60,7 +60,7 @@ def test_defaults_are_diffusers(kind: str) -> None:
     ({"transformer_layers_per_block": [[1, 1]] * 4}, "needs reverse_transformer_layers_per_block"),
     ({"downsample_padding": 2}, "config key 'downsample_padding' = 2"),
     ({"a_new_switch": True}, "config key 'a_new_switch' = True is not known"),
-    ({"block_out_channels": ["a"] * 4}, "does not fit together"),
+    ({"block_out_channels": ["a"] * 4}, r"config key 'block_out_channels' = \('a', 'a', 'a', 'a'\) is not"),
 ])
 def test_unsupported_unets(change: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
