@@ -38,23 +38,23 @@ class Meter:
             self._timestep = float(torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"]).reshape(-1)[0])
 
         def after(name: str) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
                 if threading.get_ident() == me:
-                    self._add(name, args, output)
+                    self._add(name, args, kwargs, output)
             return hook
 
         handles = [self.unet.register_forward_pre_hook(before, with_kwargs=True)]
-        handles += [layer.register_forward_hook(after(name)) for name, layer in self.layers.items()]
+        handles += [layer.register_forward_hook(after(name), with_kwargs=True) for name, layer in self.layers.items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _add(self, name: str, args: tuple[Any, ...], output: Tensor) -> None:
+    def _add(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         residual = args[1] if len(args) > 1 else None
         exact = output.float() if residual is None else output.float() - residual.float()
-        noise = self._twins[name](args[0]).float() - exact
+        noise = self._twins[name](args[0], **kwargs).float() - exact
         energy = self.energies[self._timestep][name]
         energy[0] += float(exact.square().sum(dtype=torch.float64))
         energy[1] += float(noise.square().sum(dtype=torch.float64))

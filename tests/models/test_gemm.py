@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmfast.models import gemm
+from ldmfast.models import gemm, onednn
 from ldmfast.models.gemm import Conv2d, Linear, Quantized, rows_to_int8
 from ldmfast.models.layers import Attention
 
@@ -136,12 +136,12 @@ def test_joined_attention_equals_separate(context_dim, bias) -> None:
 
 def test_an_unknown_schema_is_said_once() -> None:
     with pytest.warns(UserWarning, match="another mkldnn::_linear_pointwise than ldmfast knows; slower"):
-        assert not gemm._as_expected({"mkldnn::_linear_pointwise": "(Tensor X) -> Tensor"}, "slower")
+        assert not onednn.as_expected({"mkldnn::_linear_pointwise": "(Tensor X) -> Tensor"}, "slower")
     with pytest.warns(UserWarning, match="another mkldnn::_not_there"):
-        assert not gemm._as_expected({"mkldnn::_not_there": "(Tensor X) -> Tensor"}, "slower")
+        assert not onednn.as_expected({"mkldnn::_not_there": "(Tensor X) -> Tensor"}, "slower")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert gemm._as_expected({}, "") == torch.backends.mkldnn.is_available()
+        assert onednn.as_expected({}, "") == torch.backends.mkldnn.is_available()
 
 
 def exact_of(x: Quantized) -> Tensor:
