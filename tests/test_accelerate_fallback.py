@@ -45,10 +45,10 @@ def _circular(m):
     m.conv_in.padding_mode = "circular"
 
 
-def _narrow_heads(m):
+def _more_heads(m):
     for module in m.modules():
         if hasattr(module, "heads"):
-            module.scale *= 2
+            module.heads *= 2
 
 
 def _parametrize(m):
@@ -76,15 +76,16 @@ CHANGES = {
     "fused projections": (lambda m: m.fuse_qkv_projections(), "fuse_qkv_projections"),
     "lora": (_lora, "LoraLinear"),
     "hook": (lambda m: m.mid_block.register_forward_hook(lambda *x: 2 * x[2]), "'mid_block' has a forward hook"),
-    "pre hook": (lambda m: m.conv_out.register_forward_pre_hook(lambda _, x: 2 * x[0]), "'conv_out' has a forward hook"),
+    "pre hook": (lambda m: m.conv_out.register_forward_pre_hook(lambda _, x: 2 * x[0]),
+                 "'conv_out' has a forward hook"),
     "global hook": (None, "global forward hooks"),
     "circular padding": (_circular, "'conv_in.padding_mode' was changed"),
-    "attention scale": (_narrow_heads, "attn1.scale' was changed"),
+    "attention heads": (_more_heads, "attn1.heads' was changed"),
     "parametrization": (_parametrize, "'conv_in' is"),
     "patched submodule": (_patched_submodule, "'mid_block' has a forward of its own"),
     "changed dropout": (_dropout, r"\.p' was changed"),
     "other conv": (lambda m: setattr(m, "conv_in", torch.nn.Conv2d(4, 32, 1)), r"'conv_in\.kernel_size' was changed"),
-    "layerwise casting": (lambda m: m.enable_layerwise_casting(torch.bfloat16, torch.float32), "a hook, of offloading"),
+    "layerwise casting": (lambda m: m.enable_layerwise_casting(torch.bfloat16, torch.float32), "weights are torch.bf"),
     "sequential offload": (lambda m: accelerate.cpu_offload(m, torch.device("cpu")), "meta"),
     "float64": (lambda m: m.double(), "torch.float64"),
 }

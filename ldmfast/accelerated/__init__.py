@@ -86,16 +86,15 @@ def _models(obj: Any) -> dict[str, nn.Module]:
 def _why_not(model: nn.Module) -> str | None:
     kind = type(model)
     if kind.__name__ == "OptimizedModule":
-        return "it is compiled by torch.compile, which would trace the original; accelerate the model before, or instead"
+        return "it is compiled by torch.compile, which would trace the original; accelerate it before that"
     if kind.__name__ not in REGISTRY or not kind.__module__.startswith("diffusers."):
         return f"there is no native {kind.__module__.partition('.')[0]} {kind.__name__}"
     if model._compiled_call_impl is not None:
         return "it is compiled by torch.compile, which would trace the original; accelerate it instead"
     for part in CALLS[kind.__name__]:
         module = model.get_submodule(part)
-        holder = _holder(module)
-        own = vars(module).get(holder)
-        if own is not None and not isinstance(own, Forward) and getattr(own, "__func__", None) is not type(module).forward:
+        own = vars(module).get(_holder(module))
+        if own and not isinstance(own, Forward) and getattr(own, "__func__", None) is not type(module).forward:
             return f"the forward of its {part or kind.__name__} was replaced already; undo that before"
     return None
 

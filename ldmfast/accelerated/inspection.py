@@ -73,8 +73,8 @@ def _changed(path: str, now: dict[str, Any], then: dict[str, Any]) -> str | None
         if key == "processor" and _plain(a) and _plain(b):
             continue
         if not _same(a, b):
-            what = f" ({_HINTS[key]})" if key in _HINTS else f" to {type(a).__name__}" if key == "processor" and a else ""
-            return f"{path + key!r} was changed{what}"
+            hint = f" ({_HINTS[key]})" if key in _HINTS else ""
+            return f"{path + key!r} was changed{f' to {type(a).__name__}' if key == 'processor' and a else hint}"
     return None
 
 

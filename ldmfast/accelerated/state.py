@@ -6,6 +6,7 @@ import inspect
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,30 +109,33 @@ class Forward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        module = self.module()
-        return inspect.signature(type(module).forward.__get__(module))
+        return inspect.signature(self._theirs())
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module, model = self.module(), self.state.model()
+    def _theirs(self) -> Callable[..., Any]:
+        """diffusers' own forward, bound."""
+        module = self.module()
         if module is None:
             raise LdmfastError("the model of this forward does not exist any more; keep a reference to it")
+        return type(module).forward.__get__(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        theirs, model = self._theirs(), self.state.model()
         if model is None:  # a part that outlives its autoencoder
-            return type(module).forward(module, *args, **kwargs)
+            return theirs(*args, **kwargs)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             _say_that_traced()
-            return type(module).forward(module, *args, **kwargs)
-        given = self.__signature__.bind(*args, **kwargs).arguments
-        tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
-        reason = _unfit(model, next(iter(given.values())), tensors)
+            return theirs(*args, **kwargs)
+        given = inspect.signature(theirs).bind(*args, **kwargs).arguments
+        reason = _unfit(model, given)
         if reason is None:
             verdict = self.state.judge(model)
             reason = verdict.reason
-            if verdict.native is not None:
-                try:
-                    return CALLS[type(model).__name__][self.part](verdict.native, dict(given))
-                except LdmfastError as error:  # diffusers may know what to do, or raises an error of its own
-                    reason = str(error)
-        out = type(module).forward(module, *args, **kwargs)
+        if reason is None:
+            try:
+                return CALLS[type(model).__name__][self.part](verdict.native, dict(given))
+            except LdmfastError as error:  # diffusers may know what to do, or raises an error of its own
+                reason = str(error)
+        out = theirs(*args, **kwargs)
         self.state.warn(model, reason)
         return out
 
@@ -143,16 +147,16 @@ def _say_that_traced() -> bool:
     return True
 
 
-def _unfit(model: Any, sample: Any, tensors: list[Tensor]) -> str | None:
+def _unfit(model: Any, given: dict[str, Any]) -> str | None:
     """Why this call is not for the native network, as far as its arguments and torch's modes tell."""
-    if not isinstance(sample, Tensor):
-        return f"the sample is a {type(sample).__name__}"
-    if sample.dtype != model.dtype or sample.device != model.device:
-        return (f"the sample is {sample.dtype} on {sample.device}, the weights are {model.dtype} on {model.device}")
+    sample, weight = next(iter(given.values())), next(model.parameters())
+    tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+    strange = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), None)
+    if not isinstance(sample, Tensor) or strange is not None:
+        return f"an argument is a {type(sample if strange is None else strange).__name__}"
+    if (sample.dtype, sample.device) != (weight.dtype, weight.device):
+        return f"the sample is {sample.dtype} on {sample.device}, the weights are {weight.dtype} on {weight.device}"
     if torch.is_grad_enabled() and (any(p.requires_grad for p in model.parameters())
                                     or any(t.requires_grad for t in tensors)):
         return "gradients are asked for (call it under torch.no_grad())"
-    if torch.is_autocast_enabled(sample.device.type):
-        return "torch.autocast is active"
-    strange = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), None)
-    return None if strange is None else f"an argument is a {type(strange).__name__}"
+    return "torch.autocast is active" if torch.is_autocast_enabled(sample.device.type) else None

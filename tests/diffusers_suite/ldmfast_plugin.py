@@ -1,6 +1,7 @@
 """pytest plugin under which diffusers' own tests test accelerated models.
 
-    PYTHONPATH=<here>/tests/diffusers_suite:<here> HF_HUB_OFFLINE=1 python -m pytest -p ldmfast_plugin <diffusers>/tests/models/unets
+    cd <a checkout of diffusers>
+    PYTHONPATH=<ldmfast>/tests/diffusers_suite:<ldmfast> python -m pytest -p ldmfast_plugin tests/models/unets
 
 Every model of a class that ldmfast knows gets the accelerated forward when it is built. At the end a table says how
 many calls the native networks served, and how many diffusers served, for which reasons.
