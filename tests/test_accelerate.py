@@ -273,3 +273,26 @@ def test_bad_arguments():
     for function in (ldmfast.accelerate, ldmfast.restore):
         with pytest.raises(ldmfast.LdmfastError, match="a dict is neither"):
             function({})
+
+
+def test_solver_swaps_the_scheduler():
+    """The same pipeline with diffusers' scheduler of that class is the oracle."""
+    pytest.importorskip("ldmfast.samplers.diffusers_shell", reason="ldmfast.samplers.diffusers_shell is not here yet")
+    pipe, theirs = _pipeline(), _pipeline()
+    original = pipe.scheduler
+    for solver, kind, settings in (
+            ("euler", diffusers.EulerDiscreteScheduler, {}), ("UniPCMultistepScheduler", diffusers.UniPCMultistepScheduler, {}),
+            ("dpmpp_2m", diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"})):
+        ldmfast.accelerate(pipe, solver=solver)
+        theirs.scheduler = kind.from_config(original.config, **settings)
+        assert isinstance(pipe.scheduler, kind) and type(pipe.scheduler) is not kind
+        assert np.abs(_draw(pipe) - _draw(theirs)).max() <= 1e-4
+    ldmfast.restore(pipe)
+    assert pipe.scheduler is original
+    ldmfast.accelerate(pipe, solver="ddim")
+    pipe.scheduler = theirs.scheduler
+    assert ldmfast.restore(pipe).scheduler is theirs.scheduler
+    with pytest.raises(ldmfast.LdmfastError, match="'magic' is unknown"):
+        ldmfast.accelerate(pipe, solver="magic")
+    with pytest.raises(ldmfast.LdmfastError, match="has no scheduler"):
+        ldmfast.accelerate(make.unet(), solver="ddim")

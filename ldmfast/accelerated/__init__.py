@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import LdmfastError, PrecisionError
 from ..models import REGISTRY
 from .calls import CALLS
+from .solver import put, take_back
 from .state import Forward, State
 
 T = TypeVar("T")
@@ -33,23 +34,27 @@ class Report:
                           *(f"{name} left alone: {why}" for name, why in self.left_alone.items())])
 
 
-def accelerate(obj: T, precision: str = "exact") -> T:
+def accelerate(obj: T, precision: str = "exact", solver: str | None = None) -> T:
     """Makes a diffusers pipeline, or one diffusers model, run on ldmfast's networks; in place, and returns it.
 
     obj: models of the classes in ``ldmfast.models.REGISTRY`` are accelerated, others are left alone;
     ``obj.ldmfast_report`` says which (and is logged). precision: "exact" (diffusers' result to 1e-4 in fp32; weights
     are shared, nothing is copied), "bf16" or "int8" (packed copies beside diffusers' weights, which stay as they are;
-    autoencoders take bf16 for int8; results have the dtype of diffusers' weights).
+    autoencoders take bf16 for int8; results have the dtype of diffusers' weights). solver: also replaces a pipeline's
+    scheduler by ``ldmfast.samplers.diffusers_shell``'s: one of ``ldmfast.samplers.SOLVERS``, or diffusers' class name.
 
     A call that the native network cannot serve (gradients, LoRA layers, changed attention processors, hooks on
     submodules, FreeU, autocast, ...) runs diffusers' own forward and warns once, naming the reason. The model follows
     its weights: after ``to``, ``half``, ``load_state_dict`` or a change in place the next call uses the new ones.
-    Raises LdmfastError for something else than a pipeline or model, PrecisionError for another precision.
+    Raises LdmfastError for something else than a pipeline or model and for an unknown solver, PrecisionError for another
+    precision.
     """
     if precision not in ("exact", "bf16", "int8"):
         raise PrecisionError(f"precision {precision!r} is not available here; choose 'exact', 'bf16' or 'int8'")
-    report = Report(precision)
-    for name, model in _models(obj).items():
+    report, models = Report(precision), _models(obj)
+    if solver is not None:
+        put(obj, solver)
+    for name, model in models.items():
         why = _why_not(model)
         if why is None:
             _detach(model)
@@ -69,6 +74,7 @@ def restore(obj: T) -> T:
     """Undoes ``accelerate``: diffusers' own forward again, bit for bit, as weights were never touched. Returns obj."""
     for model in _models(obj).values():
         _detach(model)
+    take_back(obj)
     vars(obj).pop("ldmfast_report", None)
     return obj
 
