@@ -281,7 +281,8 @@ def test_solver_swaps_the_scheduler():
     pipe, theirs = _pipeline(), _pipeline()
     original = pipe.scheduler
     for solver, kind, settings in (
-            ("euler", diffusers.EulerDiscreteScheduler, {}), ("UniPCMultistepScheduler", diffusers.UniPCMultistepScheduler, {}),
+            ("euler", diffusers.EulerDiscreteScheduler, {}),
+            ("UniPCMultistepScheduler", diffusers.UniPCMultistepScheduler, {}),
             ("dpmpp_2m", diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"})):
         ldmfast.accelerate(pipe, solver=solver)
         theirs.scheduler = kind.from_config(original.config, **settings)

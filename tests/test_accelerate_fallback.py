@@ -230,6 +230,18 @@ def test_autocast_and_compile():
 
 
 @torch.no_grad()
+def test_forward_mode_derivatives():
+    theirs = make.unet()
+    theirs.set_attn_processor(AttnProcessor())  # torch's fused attention has no forward derivative on a CPU
+    ours = ldmfast.accelerate(copy.deepcopy(theirs))
+    x, t, e = inputs()
+    with pytest.warns(UserWarning, match="torch.func"):
+        _, out = torch.func.jvp(lambda x: ours(x, t, e).sample, (x,), (torch.ones_like(x),))
+    _, wanted = torch.func.jvp(lambda x: theirs(x, t, e).sample, (x,), (torch.ones_like(x),))
+    assert torch.equal(out, wanted) and wanted.abs().max() > 1e-3
+
+
+@torch.no_grad()
 def test_hooks_inside_an_autoencoder():
     theirs = make.vae_kl()
     ours = ldmfast.accelerate(copy.deepcopy(theirs))

@@ -17,6 +17,7 @@ from .solver import put, take_back
 from .state import Forward, State
 
 T = TypeVar("T")
+_STATE = "_ldmfast_state"
 _log = logging.getLogger("ldmfast")
 
 
@@ -119,10 +120,14 @@ def _attach(model: nn.Module, precision: str) -> str | None:
     for part in CALLS[type(model).__name__]:
         module = model.get_submodule(part)
         vars(module)[_holder(module)] = Forward(state, module, part)
+    vars(model)[_STATE] = state
     return None
 
 
 def _detach(model: nn.Module) -> None:
+    state = vars(model).pop(_STATE, None)
+    if state is not None:
+        state.active = False  # for a forward that somebody's wrapper holds, where it cannot be taken out
     for module in model.modules():
         for name in ("forward", "_old_forward"):
             if isinstance(vars(module).get(name), Forward):

@@ -18,8 +18,8 @@ _KEPT = "_ldmfast_scheduler"  # where a pipeline keeps the scheduler it had
 
 
 def put(pipe: Any, solver: str) -> None:
-    """Gives the pipeline the scheduler of ``solver`` (a name of ``ldmfast.samplers``, or of a class of diffusers) on the
-    schedule of the one it has. Raises LdmfastError for another name, or for something without a scheduler."""
+    """Gives the pipeline the scheduler of ``solver`` (a name of ``ldmfast.samplers``, or of a class of diffusers), with
+    the schedule of the one it has. Raises LdmfastError for another name, or for something without a scheduler."""
     shell = importlib.import_module("ldmfast.samplers.diffusers_shell")
     classes = SOLVER_TO_CLASS | {kind: kind for kind in CLASS_TO_SOLVER}
     kind = getattr(shell, classes.get(solver, ""), None)

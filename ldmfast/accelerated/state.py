@@ -42,6 +42,7 @@ class State:
     def __init__(self, model: nn.Module, precision: str):
         self.model = weakref.ref(model)
         self.precision = precision
+        self.active = True
         self._reset()
 
     def _reset(self) -> None:
@@ -51,11 +52,11 @@ class State:
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model(), "precision": self.precision}
+        return {"model": self.model(), "precision": self.precision, "active": self.active}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         """Of a copy or a pickle: the native network is made again, of the new model's weights, at the first call."""
-        self.model, self.precision = weakref.ref(kept["model"]), kept["precision"]
+        self.model, self.precision, self.active = weakref.ref(kept["model"]), kept["precision"], kept["active"]
         self._reset()
 
     def judge(self, model: Any) -> Verdict:
@@ -120,7 +121,8 @@ class Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         theirs, model = self._theirs(), self.state.model()
-        if model is None:  # a part that outlives its autoencoder
+        # a part may outlive its autoencoder, and a wrapper keep us after restore
+        if model is None or not self.state.active:
             return theirs(*args, **kwargs)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             _say_that_traced()
@@ -156,6 +158,8 @@ def _unfit(model: Any, given: dict[str, Any]) -> str | None:
         return f"an argument is a {type(sample if strange is None else strange).__name__}"
     if (sample.dtype, sample.device) != (weight.dtype, weight.device):
         return f"the sample is {sample.dtype} on {sample.device}, the weights are {weight.dtype} on {weight.device}"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func is active"
     if torch.is_grad_enabled() and (any(p.requires_grad for p in model.parameters())
                                     or any(t.requires_grad for t in tensors)):
         return "gradients are asked for (call it under torch.no_grad())"

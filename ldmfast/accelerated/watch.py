@@ -64,8 +64,7 @@ class Weights:
         self.copied = copied
         self.where = self._where()
         # views keep the storage, so that an address cannot come to mean another tensor
-        self.views = [t.detach().flatten()[::max(1, t.numel() // _SAMPLES)][:_SAMPLES] if t.is_contiguous()
-                      else t.detach()[(slice(0, 1),) * t.ndim].flatten() for t in self.tensors()] if copied else []
+        self.views = [_sample(t.detach()) for t in self.tensors()] if copied else []
         self.numbers = self._numbers()
 
     def tensors(self) -> Iterator[Tensor]:
@@ -88,6 +87,15 @@ class Weights:
             return False
         now = self._numbers()
         return now is None or self.numbers is None or _same_bits(now, self.numbers)
+
+
+def _sample(t: Tensor) -> Tensor:
+    """A view of some numbers of t, whatever its strides are: in the order of its storage."""
+    count = min(_SAMPLES, t.numel())
+    behind = t.untyped_storage().nbytes() // t.element_size() - t.storage_offset()
+    if behind < t.numel():  # expanded
+        return t[(slice(0, 1),) * t.ndim].flatten()
+    return t.as_strided((count,), (t.numel() // max(1, count),))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
