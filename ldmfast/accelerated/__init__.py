@@ -47,8 +47,8 @@ def accelerate(obj: T, precision: str = "exact", solver: str | None = None) -> T
     A call that the native network cannot serve (gradients, LoRA layers, changed attention processors, hooks on
     submodules, FreeU, autocast, ...) runs diffusers' own forward and warns once, naming the reason. The model follows
     its weights: after ``to``, ``half``, ``load_state_dict`` or a change in place the next call uses the new ones.
-    Raises LdmfastError for something else than a pipeline or model and for an unknown solver, PrecisionError for another
-    precision.
+    Raises LdmfastError for something else than a pipeline or model and for an unknown solver, PrecisionError for
+    another precision.
     """
     if precision not in ("exact", "bf16", "int8"):
         raise PrecisionError(f"precision {precision!r} is not available here; choose 'exact', 'bf16' or 'int8'")
