@@ -16,16 +16,17 @@ from .errors import CheckpointError, DeviceError, LdmfastError, PrecisionError, 
 if TYPE_CHECKING:
     from . import checkpoints, models, ops, pipelines, samplers
     from ._info import info
+    from .accelerated import accelerate, restore
     from .pipelines import Pipeline
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError", "DeviceError", "LdmfastError", "Pipeline", "PrecisionError", "ShapeError",
-    "__version__", "checkpoints", "info", "models", "ops", "pipelines", "samplers",
+    "__version__", "accelerate", "checkpoints", "info", "models", "ops", "pipelines", "restore", "samplers",
 ]
 
-_LAZY = {"Pipeline": "pipelines", "info": "_info"}
+_LAZY = {"Pipeline": "pipelines", "info": "_info", "accelerate": "accelerated", "restore": "accelerated"}
 _MODULES = ("checkpoints", "models", "ops", "pipelines", "samplers")
 
 

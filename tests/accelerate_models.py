@@ -1,0 +1,64 @@
+"""Small diffusers models with random weights, and inputs for them."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ControlNetModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
+
+_UNET = dict(sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=4,
+             cross_attention_dim=24, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+_VAE = dict(sample_size=32, block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+
+
+def _seeded(kind, **config):
+    torch.manual_seed(0)
+    model = kind(**config).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # diffusers starts some layers at zero, which would hide what is behind them
+            p.add_(0.02 * torch.randn_like(p))
+    return model
+
+
+def unet(**changes) -> UNet2DConditionModel:
+    return _seeded(UNet2DConditionModel, **_UNET | changes)
+
+
+def unet_2d(**changes) -> UNet2DModel:
+    return _seeded(UNet2DModel, **dict(sample_size=16, block_out_channels=(32, 64), layers_per_block=1,
+                                       norm_num_groups=8, attention_head_dim=8,
+                                       down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                                       up_block_types=("AttnUpBlock2D", "UpBlock2D")) | changes)
+
+
+def controlnet(**changes) -> ControlNetModel:
+    keys = {k: v for k, v in _UNET.items() if k not in ("sample_size", "up_block_types")}
+    return _seeded(ControlNetModel, **keys | dict(conditioning_embedding_out_channels=(8, 16)) | changes)
+
+
+def vae_kl(**changes) -> AutoencoderKL:
+    return _seeded(AutoencoderKL, **_VAE | changes)
+
+
+def vae_tiny(**changes) -> AutoencoderTiny:
+    return _seeded(AutoencoderTiny, **dict(encoder_block_out_channels=(16,) * 4, decoder_block_out_channels=(16,) * 4,
+                                           num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1)) | changes)
+
+
+def vq(**changes) -> VQModel:
+    return _seeded(VQModel, **_VAE | dict(num_vq_embeddings=32) | changes)
+
+
+def inputs(batch: int = 2, size: int = 16, dim: int = 24, tokens: int = 7, seed: int = 1):
+    """sample, timestep, encoder_hidden_states"""
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, 4, size, size, generator=g), torch.tensor(501),
+            torch.randn(batch, tokens, dim, generator=g))
