@@ -138,6 +138,10 @@ class Linear(Direct, nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.int8 = None
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # where it draws nothing, and takes longer than all else
+            super().reset_parameters()
+
     def forward(self, x: Tensor | Quantized, residual: Tensor | None = None) -> Tensor:
         """x: (..., in), floating, or 8-bit for a layer with ``int8``; residual: (..., out)."""
         if self.int8 is not None:
@@ -241,6 +245,10 @@ class Conv2d(Direct, nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
         self.int8 = None
         self.layout: Packed | None = None
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, x: Tensor | Quantized, residual: Tensor | None = None, upsample: bool = False) -> Tensor:
         """x: (N, in, H, W), floating, or 8-bit with its padding (``border``) for a layer with ``int8``; residual: like

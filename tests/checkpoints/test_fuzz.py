@@ -29,7 +29,9 @@ def fuzz() -> Iterator[ModuleType]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.bases = module.Bases()
+    before = signal.signal(signal.SIGALRM, module.interrupted)
     yield module
+    signal.signal(signal.SIGALRM, before)
     shutil.rmtree(module.bases.folder)
 
 
