@@ -1,18 +1,36 @@
-"""A slice of tools/kill_writes.py, and proof that it would see a file that is written under its final name."""
+"""A slice of tools/kill_writes.py, and proof that it sees half files, kills that met no write, and hanging writers."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
+import signal
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this platform")
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "kill_writes.py"
+CARELESS = """
+import sys, time
+print("begin", flush=True)
+with open(sys.argv[1], "wb") as file:
+    for _ in range(20):
+        file.write(b"x" * 1000)
+        file.flush()
+        time.sleep(0.005)
+"""
+ELSEWHERE = """
+import os, sys, time
+print("begin", flush=True)
+time.sleep(0.1)
+other = os.path.dirname(sys.argv[1]) + "-elsewhere"
+with open(other, "wb") as file:
+    file.write(b"x")
+os.rename(other, sys.argv[1])
+"""
+HANGS = "import time; time.sleep(60)"
 
 
 @pytest.fixture(scope="module")
@@ -25,23 +43,49 @@ def kill() -> ModuleType:
     return module
 
 
-def test_ten_instants_of_each_write(kill: ModuleType, tmp_path: Path, capsys) -> None:
-    (tmp_path / "from").mkdir()
-    for write in kill.sources(tmp_path / "from"):
-        assert kill.report(write, tmp_path / "to", 10) == 0
-    lines = capsys.readouterr().out.splitlines()
-    print("\n".join(lines))
-    assert len(lines) == 6
-    caught = [int(line.split(" with a temporary")[0].rpartition(" ")[2]) for line in lines]
-    assert sum(caught) >= 6, lines  # children that died in the middle of writing: otherwise nothing was tried
+@pytest.fixture(scope="module")
+def writes(kill: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("from")
+    return {write.name: write for write in kill.sources(folder)}
+
+
+@pytest.mark.parametrize("name", ["folder to file", "folder to folder", "int8 network", "picture"])
+def test_ten_instants_of_each_mechanism(name: str, kill: ModuleType, writes: dict, tmp_path: Path) -> None:
+    """A file and a folder put in place when whole, a file that is replaced, a picture; from a file is written alike."""
+    found = kill.report(writes[name], tmp_path / "to", 10)
+    assert found.half == 0 and found.inside > 0 and found.holds
+
+
+def _python(kill: ModuleType, code: str):
+    return kill.Write("python", "x", (sys.executable, "-c", code))
 
 
 def test_a_half_file_is_seen(kill: ModuleType, tmp_path: Path) -> None:
-    def careless(target: Path) -> None:
-        with target.open("wb") as file:
-            for _ in range(20):
-                file.write(b"x" * 1000)
-                file.flush()
-                time.sleep(0.005)
+    found = kill.report(_python(kill, CARELESS), tmp_path / "to", 10)
+    assert found.half >= 5 and not found.holds
 
-    assert kill.report(kill.Write("careless", "x", careless), tmp_path / "to", 10) >= 5
+
+def test_kills_that_met_no_write_are_a_failure(kill: ModuleType, tmp_path: Path, capsys) -> None:
+    """Children that hung before they wrote were counted as 100 killed and 0 half files, and the tool was content."""
+    found = kill.report(_python(kill, ELSEWHERE), tmp_path / "to", 6)
+    assert found.killed >= 3 and (found.half, found.inside, found.holds) == (0, 0, False)
+    assert "NOTHING WAS TRIED" in capsys.readouterr().out
+
+
+def test_a_writer_that_hangs_is_ended(kill: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kill, "LIMIT", 0.5)
+    with pytest.raises(SystemExit, match="did not begin within"):
+        kill.report(_python(kill, HANGS), tmp_path / "to", 1)
+    with pytest.raises(SystemExit, match="did not end within"):
+        kill.report(_python(kill, 'print("begin", flush=True); ' + HANGS), tmp_path / "to", 1)
+
+
+def test_the_order_of_a_header_is_no_difference_but_a_number_is(kill: ModuleType, tmp_path: Path) -> None:
+    def digest(name: str, header: str, data: bytes) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_bytes(len(header).to_bytes(8, "little") + header.encode() + data)
+        return kill.digest(tmp_path / name / "x")
+
+    first = digest("a", '{"a": 1, "b": 2}', b"data")
+    assert first == digest("b", '{"b": 2, "a": 1}', b"data")
+    assert len({first, digest("c", '{"b": 2, "a": 1}', b"dat0"), digest("d", '{"b": 3, "a": 1}', b"data")}) == 3
