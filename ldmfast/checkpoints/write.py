@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
@@ -18,6 +19,7 @@ from .safetensors import DTYPES, MAX_HEADER
 
 _PIECE = 1 << 20  # elements that are converted at a time
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NO_PROCESS = 1 << 32  # added to a process id, gives one that no system has
 _NARROW = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)  # float32's and bfloat16's numbers may not fit
 
 
@@ -25,14 +27,15 @@ _NARROW = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)  # float32's a
 def in_place(target: Path) -> Iterator[Path]:
     """A path beside ``target`` to write a file or folder at; it gets the name ``target`` when the block ends well.
 
-    Whatever ends the process before that leaves at most ``.<name>.<pid>.part``, which may be deleted. Raises
-    CheckpointError when target exists, or cannot be written.
+    Whatever ends the process before that leaves at most ``.<name>.<pid>.part``, which the next write of the same target
+    removes. Raises CheckpointError when target exists, or cannot be written.
     """
     if os.path.lexists(target):
         raise CheckpointError(f"{target}: exists already; remove it, or give another name")
     if not target.parent.is_dir():
         raise CheckpointError(f"{target}: folder {target.parent} does not exist; create it")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    _remove_leftovers(target)
+    part = _part(target, os.getpid())
     try:
         yield part
         os.rename(part, target)
@@ -41,10 +44,49 @@ def in_place(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written ({error.strerror or error})") from error
     finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+        _remove(part)
+
+
+def _part(target: Path, pid: int) -> Path:
+    return target.with_name(f".{target.name}.{pid}.part")
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir() and not part.is_symlink():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        part.unlink(missing_ok=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes what processes that are no more left of earlier writes of the same target."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.([0-9]+)\.part")
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # a folder that can be written to, but not listed
+        names = os.listdir(target.parent)
+    for name in names:
+        found = pattern.fullmatch(name)
+        if found is None or _lives(int(found[1])):
+            continue
+        # The id may be of a process of another machine that shares this disk: without its name, that one fails when it
+        # is done, whereas a folder emptied under its hands would be put in place.
+        gone = _part(target, int(found[1]) + _NO_PROCESS)
+        with contextlib.suppress(OSError):  # another user's, or removed by somebody else meanwhile
+            os.rename(target.with_name(name), gone)
+            _remove(gone)
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is such a process, or may be: on Windows, asking would be sending it a signal."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _synchronise(path: Path) -> None:

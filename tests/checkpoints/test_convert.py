@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import diffusers
@@ -17,6 +19,7 @@ from test_single_file import MADE, Made
 
 from ldmfast.checkpoints import open_folder, open_single_file
 from ldmfast.checkpoints.convert import convert
+from ldmfast.checkpoints.write import in_place
 from ldmfast.errors import CheckpointError
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "ldmfast" / "assets" / "clip_tokenizer"
@@ -238,6 +241,46 @@ def test_refusals_leave_nothing(act, message: str, tmp_path: Path) -> None:
         act(tmp_path)
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and path.read_bytes() == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot be asked for a process without sending it a signal")
+@pytest.mark.parametrize("name", ["b.safetensors", "b"])
+def test_leftovers_of_dead_processes_go(name: str, tmp_path: Path) -> None:
+    """A conversion that was killed left its temporary, as large as a model, for good."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    huge = 10**30  # no system has such a process
+    for leftover in (f".{name}.{dead.pid}.part", f".{name}.{huge}.part"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "model.safetensors").write_bytes(b"half")
+    (tmp_path / f".{name}.0{dead.pid}.part").write_bytes(b"half")
+    stay = [f".{name}.{os.getppid()}.part", f".{name}.1.part", f".x{name}.{dead.pid}.part", f"{name}.{dead.pid}.part",
+            f".{name}.{dead.pid}.part2", f".{name}.{dead.pid}x.part", f".{name}.x.{dead.pid}.part",
+            f".{name.replace('.', '_')}_.{dead.pid}.part"]
+    for other in stay:
+        (tmp_path / other).write_bytes(b"not ours")
+    (tmp_path / "from").mkdir()
+    source = TOKENIZER.parent / "tiny" / "vae"
+    if name.endswith(".safetensors"):
+        source = tmp_path / "from" / "a.safetensors"
+        safetensors.torch.save_file({"a": torch.ones(3)}, source)
+    convert(source, tmp_path / name, progress=False)
+    assert {p.name for p in tmp_path.iterdir()} == {name, "from", *stay}
+    assert all((tmp_path / other).read_bytes() == b"not ours" for other in stay)
+
+
+def test_a_writer_that_only_looks_dead_puts_nothing_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One on another machine that shares the disk: its folder is taken away as a whole, so that its rename fails."""
+    def write(pid: int) -> AbstractContextManager[Path]:
+        monkeypatch.setattr(os, "getpid", lambda: pid)
+        return in_place(tmp_path / "c")
+
+    with pytest.raises(CheckpointError, match="c: cannot be written"), write(10**9) as first:
+        first.mkdir()
+        (first / "a").write_bytes(b"whole")
+        with pytest.raises(KeyboardInterrupt), write(10**9 + 1):
+            raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
 
 
 _MEASURE = """
