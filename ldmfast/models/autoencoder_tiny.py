@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import CheckpointError
 from .base import Config, Model, unsupported
-from .config_values import check_values
 from .gemm import Conv2d
 from .layers import channels_last
 from .tiling import check_image, run
@@ -47,7 +46,6 @@ class AutoencoderTinyConfig(Config):
     inert: ClassVar = frozenset({"block_out_channels"})  # a copy of the decoder's that diffusers writes
 
     def check(self) -> None:
-        check_values(self)
         for side in ("encoder", "decoder"):
             widths, blocks = getattr(self, f"{side}_block_out_channels"), getattr(self, f"num_{side}_blocks")
             if len(widths) != len(blocks) or len(set(widths)) > 1:

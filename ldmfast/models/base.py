@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..ops._load import keep_freed_memory
 from ..quantization import Plan
+from .config_values import check_values
 from .gemm import Conv2d, Linear, rows_to_int8
 from .layers import Joined
 
@@ -39,7 +40,8 @@ class Config:
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
         """Reads a config.json dictionary. Keys with a leading underscore and inert keys are skipped, unknown
-        keys are skipped if they are unset (None, False); others raise CheckpointError naming key and value.
+        keys are skipped if they are unset (None, False); others raise CheckpointError naming key and value, as do
+        values that check_values or check refuse.
         """
         names = {f.name for f in dataclasses.fields(cls)}
         known = {}
@@ -55,6 +57,7 @@ class Config:
                                       "remove it if it changes nothing, otherwise this model is not "
                                       "supported")
         config = cls(**known)
+        check_values(config)
         try:
             config.check()
         except (TypeError, AttributeError, IndexError) as error:

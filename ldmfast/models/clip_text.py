@@ -58,7 +58,7 @@ class CLIPTextConfig(Config):
         return super().from_dict({k: v for k, v in values.items() if k in names and v is not None})
 
     def check(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
+        if not self.num_attention_heads or self.hidden_size % self.num_attention_heads:
             raise unsupported("num_attention_heads", self.num_attention_heads,
                               f"a number that divides hidden_size = {self.hidden_size}")
 

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from ..errors import CheckpointError
 from .base import Config, per_level, unsupported
-from .config_values import check_values
 
 _DOWN = {"DownBlock2D": "plain", "CrossAttnDownBlock2D": "cross", "AttnDownBlock2D": "attn"}
 _UP = {"UpBlock2D": "plain", "CrossAttnUpBlock2D": "cross", "AttnUpBlock2D": "attn"}
@@ -124,7 +123,6 @@ class UNet2DConditionConfig(_UNetConfig):
         "cross_attention_norm", "addition_embed_type_num_heads"}
 
     def check(self) -> None:
-        check_values(self)
         _check_lists(self)
         plan = self.plan()
         if self.encoder_hid_dim_type is not None and self.encoder_hid_dim is None:
@@ -208,7 +206,6 @@ class UNet2DConfig(_UNetConfig):
     inert: ClassVar[frozenset[str]] = _UNetConfig.inert | {"num_train_timesteps"}
 
     def check(self) -> None:
-        check_values(self)
         _check_lists(self)
         if any("Cross" in t for t in (*self.down_block_types, *self.up_block_types)):
             raise CheckpointError("config of UNet2DModel names cross-attention blocks; use "

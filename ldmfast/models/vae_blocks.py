@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .base import unsupported
-from .config_values import check_values
 from .gemm import Conv2d
 from .layers import (
     Downsample,
@@ -25,7 +24,6 @@ _UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 
 def check_blocks(config) -> None:
     """Raises CheckpointError for block types or channel lists that are not supported."""
-    check_values(config)
     levels = len(config.block_out_channels)
     for key, kinds in (("down_block_types", _DOWN), ("up_block_types", _UP)):
         types = getattr(config, key)

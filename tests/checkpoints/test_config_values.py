@@ -18,7 +18,7 @@ import torch
 import ldmfast
 from ldmfast.checkpoints import open_folder, open_single_file
 from ldmfast.errors import CheckpointError
-from ldmfast.models import REGISTRY
+from ldmfast.models import REGISTRY, TEXT_ENCODERS
 from ldmfast.samplers import Schedule
 
 TINY = Path(ldmfast.__file__).parent / "assets" / "tiny"
@@ -41,11 +41,15 @@ TINY = Path(ldmfast.__file__).parent / "assets" / "tiny"
     ("AutoencoderKL", {"sample_size": [512, 512, 512]}, "'sample_size' = .* is not"),
     ("VQModel", {"num_vq_embeddings": 1 << 30}, "'num_vq_embeddings' = 1073741824 is not"),
     ("AutoencoderTiny", {"num_encoder_blocks": [1, 3, 3, 500]}, "ask for 501 blocks|ask for 503 blocks"),
+    ("CLIPTextModel", {"num_hidden_layers": 1 << 20}, "ask for 1048576 blocks, the limit is 160"),
+    ("CLIPTextModel", {"vocab_size": "49408"}, "'vocab_size' = '49408' is not int"),
+    ("CLIPTextModel", {"layer_norm_eps": float("inf")}, "'layer_norm_eps' = inf is not float"),
+    ("CLIPTextModelWithProjection", {"num_attention_heads": 0}, "'num_attention_heads' = 0 is not supported"),
 ])
 def test_models(name: str, change: dict, message: str) -> None:
     start = time.process_time()
     with pytest.raises(CheckpointError, match=message) as caught:
-        REGISTRY[name][0].from_dict(change)
+        (REGISTRY | TEXT_ENCODERS)[name][0].from_dict(change)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 and time.process_time() - start < 1
 
 
