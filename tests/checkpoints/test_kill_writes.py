@@ -51,8 +51,8 @@ def writes(kill: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.mark.parametrize("name", ["folder to file", "folder to folder", "picture"])
 def test_ten_instants_of_each_mechanism(name: str, kill: ModuleType, writes: dict, tmp_path: Path) -> None:
-    """A file, a folder and a picture; from a file is written alike. Storing an int8 network is mostly rounding: of twenty
-    kills one met its file, so ten are too few to rely on, and the tool's hundred are not."""
+    """A file, a folder and a picture; from a file is written alike. Storing an int8 network is mostly rounding: of
+    twenty kills one met its file, so ten are too few to rely on, and it is left to the tool's hundred."""
     found = kill.report(writes[name], tmp_path / "to", 10)
     assert found.half == 0 and found.inside > 0 and found.holds
 
