@@ -306,8 +306,8 @@ print(status("VmHWM") - before)
 @pytest.mark.parametrize("ending", ["safetensors", "ckpt", "gguf"])
 def test_memory_is_a_tensor_not_the_model(ending: str, tmp_path: Path) -> None:
     """A file of 12 tensors of 16 MiB in fp32 (or Q8_0) to bf16: at most 1.1 times a tensor before and after,
-    24 MiB, and 12 MiB of pieces in flight, where the model has 192. At least the tensor itself must be seen, or the meter is blind (a first version was: memory that
-    a run of the same file had freed served the next)."""
+    24 MiB, and 12 MiB of pieces in flight, where the model has 192. At least the tensor itself must be seen, or the
+    meter is blind (a first version was: memory that a run of the same file had freed served the next)."""
     path = tmp_path / f"x.{ending}"
     for file, rows in ((path, 4096), (Path(f"{path}.small"), 8)):
         tensors = {str(i): torch.randn(rows, 1024) for i in range(12)}

@@ -50,10 +50,10 @@ def writes(kill: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 @pytest.mark.parametrize("name", ["folder to file", "folder to folder", "picture"])
-def test_ten_instants_of_each_mechanism(name: str, kill: ModuleType, writes: dict, tmp_path: Path) -> None:
+def test_six_instants_of_each_mechanism(name: str, kill: ModuleType, writes: dict, tmp_path: Path) -> None:
     """A file, a folder and a picture; from a file is written alike. Storing an int8 network is mostly rounding: of
-    twenty kills one met its file, so ten are too few to rely on, and it is left to the tool's hundred."""
-    found = kill.report(writes[name], tmp_path / "to", 10)
+    twenty kills one met its file, so six are too few to rely on, and it is left to the tool's hundred."""
+    found = kill.report(writes[name], tmp_path / "to", 6)
     assert found.half == 0 and found.inside > 0 and found.holds
 
 
@@ -62,7 +62,7 @@ def _python(kill: ModuleType, code: str):
 
 
 def test_a_half_file_is_seen(kill: ModuleType, tmp_path: Path) -> None:
-    found = kill.report(_python(kill, CARELESS), tmp_path / "to", 10)
+    found = kill.report(_python(kill, CARELESS), tmp_path / "to", 6)
     assert found.half >= 5 and not found.holds
 
 
