@@ -256,7 +256,7 @@ class Conv2d(Direct, nn.Conv2d):
         if self.int8 is not None:
             return self._int8(self.int8, x, residual, upsample)
         assert isinstance(x, Tensor)
-        if self.own and x.dtype == torch.bfloat16:
+        if self.own:
             return ops.conv2d(x, self.weight, self.bias, residual, out_channels=self.out_channels,
                               kernel=self.kernel_size[0], stride=self.stride[0], padding=int(self.padding[0]),
                               upsample=upsample)
