@@ -257,9 +257,7 @@ class Conv2d(Direct, nn.Conv2d):
             return self._int8(self.int8, x, residual, upsample)
         assert isinstance(x, Tensor)
         if self.own:
-            return ops.conv2d(x, self.weight, self.bias, residual, out_channels=self.out_channels,
-                              kernel=self.kernel_size[0], stride=self.stride[0], padding=int(self.padding[0]),
-                              upsample=upsample)
+            return ops.conv2d(x, self.weight, self.bias, residual, upsample=upsample, **self.sizes())
         x = ops.upsample2x(x) if upsample else x
         weight = self.weight if self.layout is None else self.layout.at(x)
         if not _onednn(x):
@@ -275,9 +273,7 @@ class Conv2d(Direct, nn.Conv2d):
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None, upsample: bool) -> Tensor:
         if w.own:
             x = Quantized(*ops.quantize(x)) if isinstance(x, Tensor) else x
-            return ops.conv2d_q8(*x, w.values, w.scale, w.sums, w.bias, residual,
-                                 out_channels=self.out_channels, kernel=self.kernel_size[0], stride=self.stride[0],
-                                 padding=int(self.padding[0]), upsample=upsample)
+            return ops.conv2d_q8(*x, w.values, w.scale, w.sums, w.bias, residual, upsample=upsample, **self.sizes())
         if isinstance(x, Tensor):
             x = Quantized(*ops.quantize(ops.upsample2x(x) if upsample else x, pad=self.border))
         if w.layout is None or x.values.numel() == 0:
@@ -293,6 +289,11 @@ class Conv2d(Direct, nn.Conv2d):
                 self.stride, (0, 0), self.dilation, self.groups, 1.0, 0,
                 torch.bfloat16 if _WRITES_BF16 else torch.float32, "none", [], "").to(torch.bfloat16)
         return out if residual is None else out.add_(residual)
+
+    def sizes(self) -> dict[str, int]:
+        """What the ops of our own take beside tensors."""
+        return {"out_channels": self.out_channels, "kernel": self.kernel_size[0], "stride": self.stride[0],
+                "padding": int(self.padding[0])}
 
     @property
     def border(self) -> int:

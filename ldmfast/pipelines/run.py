@@ -12,6 +12,7 @@ from PIL import Image
 
 from .. import __version__
 from ..errors import LdmfastError, ShapeError
+from ..ops._load import reused_memory
 from ..samplers import StopSampling, sample
 from .denoiser import Conditions, Denoiser, NanFinder, guidance_embedding, not_finite
 from .inputs import prepare_image, prepare_mask, repeat_to
@@ -49,7 +50,8 @@ class Call:
 def run(pipe: Pipeline, request: Request) -> PipelineOutput:
     """Encode, sample, decode. A call too large for the memory raises ShapeError."""
     try:
-        return _run(pipe, request)
+        with reused_memory():
+            return _run(pipe, request)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
