@@ -31,7 +31,7 @@ _DTYPES = {torch.float32} | ({torch.bfloat16} if ONEDNN and torch.ops.mkldnn._is
 # whether products are ours where there are any (docs/performance.md, "Our own products")
 OWN = ops.CPU_LIBRARY.loaded and level() == "amx"
 
-_AT_ONCE = 1 << 20  # numbers of a weight that are rounded to 8 bits at a time: they stay in cache
+_AT_ONCE = 1 << 20  # numbers of a weight that are converted at a time: they stay in cache
 
 
 class Quantized(NamedTuple):
@@ -63,17 +63,16 @@ def _packs_own(weight: Tensor) -> bool:
 
 def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weight (out, ...) -> int8 values and one fp32 scale for each output, symmetric: value * scale."""
-    rows = weight.detach().flatten(1)
-    values = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
-    scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    some = max(1, _AT_ONCE // max(1, rows.shape[1]))
-    for part, ints, steps in zip(rows.split(some), values.split(some), scale.split(some)):
-        numbers = part.float()
-        torch.amax(numbers.abs(), 1, out=steps)
-        steps.div_(127.0)
-        steps[steps == 0] = 1.0  # NaN stays: the product shows it
-        ints.copy_((numbers / steps[:, None]).nan_to_num_(0.0).round_())
+    values, scale = ops.quantize_rowwise(weight.detach().flatten(1))
     return values.view(weight.shape), scale
+
+
+def _sums(values: Tensor) -> Tensor:
+    """Of each output's int8 values, int32. In floating point, exactly: torch's integer sums take ten times as long."""
+    rows = values.flatten(1)
+    wide = torch.float32 if 127 * rows.shape[1] < 2**24 else torch.float64
+    some = max(1, _AT_ONCE // max(1, rows.shape[1]))
+    return torch.cat([part.to(wide).sum(1).int() for part in rows.split(some)]) if len(rows) else rows.sum(1).int()
 
 
 class Int8Weight(nn.Module):
@@ -96,7 +95,7 @@ class Int8Weight(nn.Module):
         self.packed = ONEDNN_INT8 and not self.own and values.device.type == "cpu"
         self.layout: Packed | None = None
         # what a zero point of 1 adds to each output
-        sums = values.flatten(1).sum(1, dtype=torch.int32)
+        sums = _sums(values)
         if self.own:
             self.values = ops.pack_weight(side_by_side(values) if self.gated else values)
         elif self.packed and conv is not None:
