@@ -134,8 +134,10 @@ def reused_memory() -> Iterator[None]:
 
 @functools.cache
 def _hold_blocks() -> Callable[[int], Any]:
-    path = PACKAGE / "libldmfast_ops.so"
-    return ctypes.CDLL(str(path)).ldmfast_hold_blocks if path.exists() else lambda on: None
+    try:
+        return ctypes.CDLL(str(PACKAGE / "libldmfast_ops.so")).ldmfast_hold_blocks
+    except (OSError, AttributeError):  # not built, or does not load, which load_cpu() has said
+        return lambda on: None
 
 
 def keep_freed_memory() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldmfast.models import gemm, onednn
 from ldmfast.models.gemm import Conv2d, Linear, Quantized, rows_to_int8
-from ldmfast.models.layers import Attention
+from ldmfast.models.layers import Attention, GroupNorm
 
 SHAPES = [(2, 7, 24), (1, 1, 8), (0, 5, 8), (3, 0, 16), (33, 40)]
 CONVS = [(2, 5, 7, 9, 3, 1, 1), (1, 8, 16, 1, 1, 1, 0), (0, 4, 6, 6, 3, 1, 1), (2, 16, 9, 8, 3, 2, 1),
@@ -224,3 +224,19 @@ def test_hooks_run_though_calls_are_direct(everywhere):
     assert seen == ["before Attention", *inner, "after Attention"]
     layer(x)
     assert len(seen) == 2 + len(inner)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("eight", [False, True])
+def test_a_norm_and_its_convolution_are_the_same_as_one_and_the_other(library, eight, dtype) -> None:
+    norm, conv = filled(GroupNorm(4, 24, 1e-5), dtype), filled(Conv2d(24, 40, 3, padding=1), dtype)
+    conv.quantize() if eight else conv.pack()
+    x = draw(2, 24, 9, 11).to(dtype, memory_format=torch.channels_last)
+    shift, residual = draw(2, 24, seed=2).to(dtype), draw(2, 40, 9, 11, seed=3).to(dtype)
+    one = norm.conv(conv, x, shift, residual)
+    assert torch.equal(one, conv(norm.into(conv, x, shift), residual))
+    seen: list[Tensor] = []
+    handle = conv.register_forward_hook(lambda m, args, out: seen.append(out))
+    assert torch.equal(norm.conv(conv, x, shift, residual), one)
+    handle.remove()
+    assert len(seen) == 1

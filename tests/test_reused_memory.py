@@ -1,0 +1,98 @@
+"""Large results that lend their memory to later ones inside ``reused_memory``."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from ldmfast import ops
+from ldmfast.ops._load import reused_memory
+
+SIZE = (1, 64, 512, 512)  # bf16: 32 MiB
+NEEDS = pytest.mark.skipif(not ops.CPU_LIBRARY.loaded or torch.__version__ < "2.11",
+                           reason="the compiled kernels on torch 2.11 or later lend memory; there are none here")
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    return ops.group_norm_silu(x, 8)
+
+
+@pytest.fixture(scope="module")
+def image() -> torch.Tensor:
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096
+
+
+@NEEDS
+def test_a_freed_result_lends_its_memory_and_a_live_one_does_not(image):
+    expected = norm(image)
+    with reused_memory():
+        first = norm(image)
+        kept = first.data_ptr()
+        second = norm(image * 2)
+        assert second.data_ptr() != kept
+        assert torch.equal(first, expected)
+        del first
+        third = norm(image)
+        assert third.data_ptr() == kept
+        assert torch.equal(third, expected)
+        assert third.is_contiguous() and third.storage_offset() == 0 and third.shape == SIZE
+    assert torch.equal(third, expected)  # a result outlives the call
+
+
+@NEEDS
+def test_everything_free_goes_back_at_the_end(image):
+    norm(image)
+    before = resident()
+    with reused_memory():
+        with reused_memory():
+            results = [norm(image) for _ in range(4)]
+            del results
+        during = resident()
+    after = resident()
+    assert during - before > 120 << 20  # the outer block of code still keeps the four
+    assert after - before < 32 << 20
+
+
+@NEEDS
+def test_free_and_used_memory_never_exceed_what_was_used_at_once(image):
+    two, three = torch.cat([image] * 2, dim=2), torch.cat([image] * 3, dim=2)
+    with reused_memory():
+        norm(two)  # 64 MiB, free again
+        before = resident()
+        kept = norm(three)  # 96 MiB, in whose favour they go
+        assert resident() - before < 64 << 20
+        assert torch.equal(kept[:, :, :1], norm(three)[:, :, :1])
+
+
+@NEEDS
+def test_threads_share_it_without_a_mix_up(image):
+    inputs = [image * k for k in (1, 2, 3, 4)]
+    expected = [norm(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(k: int) -> None:
+        with reused_memory():
+            for _ in range(4):
+                if not torch.equal(norm(inputs[k]), expected[k]):
+                    wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_an_error_inside_ends_it():
+    with pytest.raises(RuntimeError, match="stop"), reused_memory():
+        raise RuntimeError("stop")
+    with reused_memory():
+        pass
