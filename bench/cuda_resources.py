@@ -102,7 +102,7 @@ def catch(launch: Callable[[], Any]) -> list[Launch]:
     caught = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in kwargs}
         bound = self.signature.bind(*args, **kwargs)
         caught.append(Launch(self, dict(bound.arguments), options))
 
@@ -115,7 +115,7 @@ def catch(launch: Callable[[], Any]) -> list[Launch]:
 
 
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-            torch.int64: "*i64"}
+            torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8"}
 
 
 def _specialise(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
@@ -179,7 +179,7 @@ def attention_arguments(queries: int, keys: int, heads: int, depth: int, dtype: 
 
 
 def triton_calls() -> Iterator[tuple[str, str, tuple]]:
-    """(op, name, launch arguments) with the shapes of SD 1.5, SDXL and their autoencoder."""
+    """(op, name, launch arguments) with the shapes of SD 1.5, SDXL, their autoencoder, FLUX, SD 3 and T5."""
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, last: bool = False) -> torch.Tensor:
         x = torch.empty(shape, dtype=dtype, device="meta")
         return x.contiguous(memory_format=torch.channels_last) if last else x
@@ -201,6 +201,20 @@ def triton_calls() -> Iterator[tuple[str, str, tuple]]:
     yield "layer_norm_modulate", "c1280", (meta(2, 256, 1280), None, None, c[1], c[1], 1e-5)
     yield "layer_norm_modulate", "c1152 modulated", (meta(2, 256, 1152), meta(2, 1152), meta(2, 1152), None, None, 1e-6)
     yield "geglu", "c1280", (meta(2, 4096, 2560),)
+    yield "geglu_tanh", "c10240", (meta(1, 512, 20480),)
+    yield "swiglu", "c3072", (meta(1, 256, 6144),)
+    yield "philox_normal", "sdxl", (meta(1, 2, dtype=torch.int64), 4 * 128 * 128, 132 * 2048)
+    yield "quantize_rowwise", "int8 c3072", (meta(1, 4608, 3072), False)
+    yield "quantize_rowwise", "fp8 c12288", (meta(1, 4608, 12288), True)
+    yield "rms_norm", "c4096", (meta(1, 512, 4096), meta(4096), 1e-6)
+    yield "rms_norm", "c10240", (meta(1, 512, 10240), None, 1e-6)
+    yield "gate_residual", "c3072", (meta(1, 1024, 3072), meta(1, 1024, 3072), meta(1, 3072))
+    flux, text, w = meta(1, 4096, 3, 24, 128), meta(1, 512, 3, 24, 128), [meta(128)] * 4
+    angles = [meta(t, 64, dtype=torch.float32) for t in (4096, 4608)]
+    yield "qk_norm_rope", "flux joint", (flux, text, *w, angles[1], angles[1], True, 1e-6)
+    yield "qk_norm_rope", "flux single", (flux, None, *w[:2], None, None, angles[0], angles[0], True, 1e-6)
+    yield "qk_norm_rope", "halves", (flux, None, *w[:2], None, None, angles[0], angles[0], False, 1e-6)
+    yield "qk_norm_rope", "sd3 join", (meta(2, 4096, 3, 24, 64), meta(2, 333, 3, 24, 64), *[None] * 6, True, None)
     yield "upsample2x", "nhwc", (meta(2, 640, 32, 32, last=True),)
     yield "upsample2x", "nchw", (meta(2, 640, 32, 32),)
     table, row = meta(20, 4, dtype=torch.float64), meta(1, dtype=torch.int64)[0]
