@@ -80,8 +80,8 @@ def load(source: Source, networks: Mapping[str, Model], weight_name: str | None 
         _check(where, entry, slot)
         _, parts = layers.setdefault(component, {}).setdefault(slot.path, (slot, {}))
         if parts.setdefault(slot.part, entry) is not entry:
-            raise CheckpointError(f"{where}: {entry.key!r} and {parts[slot.part].key!r} are for the same layer; keep one "
-                                  "of them")
+            raise CheckpointError(f"{where}: {entry.key!r} and {parts[slot.part].key!r} are for the same layer; keep "
+                                  "one of them")
     return Adapter({component: {path: _pair(where, networks[component], *found) for path, found in table.items()}
                     for component, table in layers.items()}, _fingerprint(entries.values()))
 
@@ -107,7 +107,8 @@ def _check(where: str, entry: Entry, slot: Slot) -> None:
         down = down.flatten(1)
     if up.shape[0] != shape[0] or down.shape[1:] != shape[1:]:
         raise CheckpointError(f"{where}: {entry.key!r} has shape {tuple(entry.down.shape)} and goes with an up matrix "
-                              f"{tuple(up.shape)}, the layer's weight is {shape}; it was made for another kind of model")
+                              f"{tuple(up.shape)}, the layer's weight is {shape}; it was made for another kind of "
+                              "model")
     entry.down, entry.up = down, up.flatten(1)
 
 
@@ -125,7 +126,8 @@ def _pair(where: str, network: Model, slot: Slot, parts: Mapping[int, Entry]) ->
         at += rank
     if not all(bool(torch.isfinite(m.sum(dtype=torch.float32))) for m in (down, up)):
         key = next(iter(parts.values())).key
-        raise CheckpointError(f"{where}: {key!r} or its up matrix holds NaN, infinite or, for {dtype}, too large numbers")
+        raise CheckpointError(f"{where}: {key!r} or its up matrix holds NaN, infinite numbers, or too large ones for "
+                              f"{dtype}; train or convert it again")
     return pair(slot.layer, down, up)
 
 

@@ -1,6 +1,6 @@
-"""kohya's layout (A1111, ComfyUI): ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``, ``.lora_up.weight``
-and ``.alpha``; the modules of SDXL's UNet may have CompVis' names. Convolutions have ``lora_down`` of the layer's
-kernel size and ``lora_up`` of size 1.
+"""kohya's layout (A1111, ComfyUI): ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``,
+``.lora_up.weight`` and ``.alpha``; the modules of SDXL's UNet may have CompVis' names.
+Convolutions have ``lora_down`` of the layer's kernel size and ``lora_up`` of size 1.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ _LARGEST_CONFIG = 1 << 20  # bytes
 _OTHERS = (
     (r"\.(?:lora_mid|cp_|hada_t[12]|lokr_t[12])", "a Tucker-decomposed convolution (LoCon)"), (r"\.hada_", "LoHa"),
     (r"\.lokr_", "LoKr"), (r"\.(?:dora_scale|lora_magnitude_vector)", "DoRA"), (r"\.(?:oft_|boft_)", "OFT"),
-    (r"\.(?:on_input|ia3_l)", "IA3"), (r"\.(?:a1|a2|b1|b2)\.weight$", "GLoRA"), (r"\.diff(?:_b)?$", "a full difference"),
+    (r"\.(?:on_input|ia3_l)", "IA3"), (r"\.(?:a1|a2|b1|b2)\.weight$", "GLoRA"),
+    (r"\.diff(?:_b)?$", "a full difference"),
     (r"\.lora_embedding_|\.lora_[AB]\..*embedding", "LoRA of an embedding"),
     (r"\.lora_(?:A|B|up|down)(?:\.\w+)?\.bias$|\.lora\.(?:up|down)\.bias$", "LoRA with biases"),
     (r"\.modules_to_save\.", "a trained module"), (r"^bundle_emb\.|string_to_param", "a textual inversion"))
@@ -98,9 +99,9 @@ def _put(found: dict[Key, _Found], where: str, name: str, tensor: Tensor) -> Non
     other = next((what for mark, what in _OTHERS if re.search(mark, name)), None)
     if key is None or other is not None:
         what = other or "a tensor of no layout known (kohya's, diffusers', peft's)"
-        raise CheckpointError(f"{where}: {name!r} is {what}, which is not supported; convert it to plain LoRA, or merge "
-                              "it into the model")
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() and key.role != "alpha":
+        raise CheckpointError(f"{where}: {name!r} is {what}, which is not supported; convert it to plain LoRA, or "
+                              "merge it into the model")
+    if not isinstance(tensor, Tensor) or (not tensor.is_floating_point() and key.role != "alpha"):
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise CheckpointError(f"{where}: {name!r} is {kind}, needs a floating tensor; save the LoRA as fp16 or fp32")
     entry = found.setdefault(key._replace(role="down"), _Found())
@@ -114,13 +115,13 @@ def _entry(where: str, key: Key, found: _Found, config: Mapping[str | None, peft
     for role in ("down", "up"):
         if role not in found.tensors:
             given = next(iter(found.keys.values()))
-            raise CheckpointError(f"{where}: {given!r} is without the {role} matrix of its layer; the file is not whole")
+            raise CheckpointError(f"{where}: {given!r} is without the {role} matrix of its layer; the file is not "
+                                  "whole, get it again")
     down, up = found.tensors["down"], found.tensors["up"]
-    square = down.ndim == 4 and down.shape[2] == down.shape[3]
-    if not (down.ndim == 2 or square) or not (up.ndim == 2 or up.ndim == 4 and up.shape[2:] == (1, 1)) or (
-            up.shape[1] != down.shape[0]) or not down.shape[0]:
+    shaped = down.ndim in (2, 4) and (up.ndim == 2 or (up.ndim == 4 and up.shape[2:] == (1, 1)))
+    if not shaped or up.shape[1] != down.shape[0] or not down.shape[0]:
         raise CheckpointError(f"{where}: {found.keys['down']!r} {tuple(down.shape)} and {found.keys['up']!r} "
-                              f"{tuple(up.shape)} do not make a product of one rank; the file is damaged")
+                              f"{tuple(up.shape)} do not make a product of one rank; the file is damaged, get it again")
     return Entry(down, up, found.keys["down"], _scale(where, key, found, config))
 
 

@@ -30,8 +30,8 @@ def scales(adapter: str, weight: Any, components: Mapping[str, Iterable[str]]) -
     _known(adapter, weight, COMPONENTS)
     for name in weight:
         if name not in components:
-            warnings.warn(f"the weight of adapter {adapter!r} for {name} changes nothing: it has {', '.join(components)}",
-                          stacklevel=2)
+            warnings.warn(f"the weight of adapter {adapter!r} for {name} changes nothing, as it has only "
+                          f"{', '.join(components)}", stacklevel=2)
     return tuple((c, _blocks(adapter, weight[c], names) if isinstance(weight.get(c), Mapping) and c == "unet" else
                   _number(adapter, weight.get(c))) for c, names in components.items())
 
@@ -91,8 +91,8 @@ def _blocks(adapter: str, given: Mapping[str, Any], layers: Iterable[str]) -> Sc
             value = parts.get(block) if isinstance(parts, Mapping) else parts
             values = list(value) if isinstance(value, (list, tuple)) else [value]
             if len(values) not in (1, count):
-                raise LdmfastError(f"adapter {adapter!r}: {len(values)} weights were given for {side}.{block}, which has "
-                                   f"{count} attentions; give 1 or {count}")
+                raise LdmfastError(f"adapter {adapter!r}: {len(values)} weights were given for {side}.{block}, which "
+                                   f"has {count} attentions; give 1 or {count}")
             at_block = f"{side}_blocks.{block.removeprefix('block_')}.attentions"
             found += [(f"{at_block}.{i}.", _number(adapter, v))
                       for i, v in enumerate(values * (count if len(values) == 1 else 1))]

@@ -1,7 +1,7 @@
 """The side path: y = W x + b + up(down(x)) with W as it is, packed or in 8 bits (Hu et al. 2021, equation 3).
 
-What adapters add is computed first and enters the layer's own product as its residual, where it costs no pass of its own.
-Adapters of one layer are one pair of matrices, side by side: up = [w1 up1, w2 up2], down = [down1; down2].
+What adapters add is computed first and enters the layer's own product as its residual, where it costs no pass of its
+own. Adapters of one layer are one pair of matrices, side by side: up = [w1 up1, w2 up2], down = [down1; down2].
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Layer = Linear | Conv2d
 
 @dataclass(frozen=True)
 class Pair:
-    """LoRA of one layer, in the network's dtype. down: (R, in), or (R, in, k, k) for kernels above 1. up: (out, R), times alpha / r. ordered:
-    up with its rows in the order in which the layer computes them."""
+    """LoRA of one layer, in the network's dtype. down: (R, in), or (R, in, k, k) for kernels above 1. up: (out, R),
+    times alpha / r. ordered: up with its rows in the order in which the layer computes them."""
 
     down: Tensor
     up: Tensor
@@ -50,23 +50,22 @@ class Side:
         self.down = pairs[0][0].down if len(pairs) == 1 else torch.cat([p.down for p, _ in pairs])
         self.up = ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
         self.border = layer.border
-        self.shape = None
+        self.stride: tuple[int, ...] = ()
         if isinstance(layer, Conv2d) and layer.kernel_size != (1, 1):
-            self.shape = layer.stride, layer.padding
+            self.stride, self.padding = layer.stride, layer.padding
 
     def __call__(self, x: Tensor | Quantized, residual: Tensor | None, upsample: bool = False) -> Tensor:
         """x: as the layer takes it. residual: like its output. Returns up(down(x)) + residual, like its output."""
-        scale = None
-        if isinstance(x, Quantized):
-            x, scale = self._centred(x), x.scale
+        scale = x.scale if isinstance(x, Quantized) else None
+        x = self._centred(x) if isinstance(x, Quantized) else x
         if x.ndim != 4:
             return self._up(linear(x, self.down, None, None), scale, residual)
         x = ops.upsample2x(x) if upsample else x
-        if self.shape is None:
+        if not self.stride:
             h = linear(as_tokens(x), self.down.flatten(1), None, None)
             size = x.shape[2:]
         else:
-            image = F.conv2d(x, self.down, None, *self.shape)
+            image = F.conv2d(x, self.down, None, self.stride, self.padding)
             h, size = as_tokens(image), image.shape[2:]
         return as_image(self._up(h, scale, None if residual is None else as_tokens(residual)), *size)
 
@@ -90,14 +89,15 @@ class Side:
         beside = self(q, None)
         outputs = beside.shape[-1]
         residual = beside.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)
-        shape = {"out_channels": outputs, "kernel": 1, "padding": 0}
         w = layer.int8
         if w is None:
-            y = ops.conv2d(image, layer.weight, _ordered(layer.bias), residual, **shape)
+            y = ops.conv2d(image, layer.weight, _ordered(layer.bias), residual, out_channels=outputs, kernel=1,
+                           padding=0)
         else:
             assert isinstance(q, Quantized)
             y = ops.conv2d_q8(image, q.scale, q.zero_point, w.values, side_by_side(w.scale),
-                              side_by_side(w.sums), _ordered(w.bias), residual, **shape)
+                              side_by_side(w.sums), _ordered(w.bias), residual, out_channels=outputs,
+                              kernel=1, padding=0)
         inner = layer.out_features // 2
         halves = y.permute(0, 2, 3, 1).reshape(*codes.shape[:-1], -1, 2, TILE).transpose(-3, -2)
         return halves.flatten(-2)[..., :inner].flatten(-2)

@@ -5,6 +5,7 @@ Nothing here is ever changed: every method gives another stack, so a call keeps 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,7 +87,8 @@ class Stack:
         if not isinstance(name, str) or not name:
             raise LdmfastError(f"adapter_name={name!r} is not a name; give a text")
         if name in self.adapters:
-            raise LdmfastError(f"adapter {name!r} is loaded already; delete_adapters({name!r}) first, or take another name")
+            raise LdmfastError(f"adapter {name!r} is loaded already; delete_adapters({name!r}) first, or take another "
+                               "name")
         return name
 
     def with_adapter(self, name: str, adapter: Adapter) -> Stack:
@@ -118,7 +120,8 @@ class Stack:
         now = [Fused(name, c, self.adapters[name], scale, lora_scale) for name, s in self.active for c, scale in s
                if c in wanted and (names is None or name in names)]
         if not now:
-            raise LdmfastError(f"no adapter is active in {', '.join(wanted)} that could be fused; call set_adapters first")
+            raise LdmfastError(f"no adapter is active in {', '.join(wanted)} that could be fused; call set_adapters "
+                               "first")
         taken = {(f.name, f.component) for f in now}
         rest = ((name, tuple((c, v) for c, v in s if (name, c) not in taken)) for name, s in self.active)
         return self._merge(self.in_weights + tuple(now), tuple((n, s) for n, s in rest if s))
@@ -145,8 +148,7 @@ class Stack:
         merged = dict(self.base)
         for c, network in self.base.items():
             adapters = [(f.adapter, scales.times(f.scale, f.lora_scale)) for f in in_weights if f.component == c]
-            known: dict[int, Any] = {}
-            merged[c] = _with(network, c, adapters, lambda layer, pairs: fused(layer, pairs, known))
+            merged[c] = _with(network, c, adapters, functools.partial(fused, known={}))
         return replace(self, merged=merged, in_weights=in_weights, active=active)
 
 

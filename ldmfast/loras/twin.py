@@ -23,12 +23,11 @@ def shallow(module: M) -> M:
     return new
 
 
-def twin(model: M, changed: Mapping[nn.Module, nn.Module]) -> M:
+def twin(model: Model, changed: Mapping[nn.Module, nn.Module]) -> Model:
     """model with some of its layers (those in ``changed``, also of the networks in ``variants``) replaced."""
-    new = _rebuilt(model, changed)
-    if new is model or not isinstance(new, Model):
-        return new
-    new.variants = tuple(_rebuilt(v, changed) for v in new.variants)
+    new: Model = _rebuilt(model, changed)
+    if new is not model:
+        new.variants = tuple(_rebuilt(v, changed) for v in new.variants)
     return new
 
 

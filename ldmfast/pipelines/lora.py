@@ -140,8 +140,8 @@ def choices(pipe: Pipeline, given: Any, pictures: int) -> tuple[loras.Choice, ..
     found: dict[int, loras.Choice] = {}
     for one in each:
         if not (one is None or isinstance(one, (str, Mapping))):
-            raise LdmfastError(f"loras holds a {type(one).__name__}: give the name of an adapter, {{name: weight}}, or a "
-                               "list of these")
+            raise LdmfastError(f"loras holds a {type(one).__name__}: give the name of an adapter, {{name: weight}}, or "
+                               "a list of these")
         if id(one) not in found:
             weights = {one: None} if isinstance(one, str) else dict(one or {})
             found[id(one)] = stack.choice(list(weights), list(weights.values()))
@@ -174,11 +174,11 @@ def check_loras(pipe: Pipeline, settings: dict[str, Any]) -> None:
     """Raises LdmfastError unless the adapters that a picture was made with are here."""
     if settings.get("fused_loras") != json.loads(json.dumps(fused_settings(pipe))):
         names = [f["name"] for f in settings.get("fused_loras") or ()]
-        raise LdmfastError(f"the picture was made with adapters fused into the weights: {', '.join(names) or 'none'}; fuse "
-                           "the same ones, in the same order and with the same weights")
+        raise LdmfastError(f"the picture was made with adapters fused into the weights: {', '.join(names) or 'none'}; "
+                           "fuse the same ones, in the same order and with the same weights")
     adapters = {} if pipe.loaded.loras is None else pipe.loaded.loras.adapters
     for row in settings.get("batch") or [settings]:
         for name, one in (row.get("loras") or {}).items():
             if name not in adapters or adapters[name].fingerprint != one["fingerprint"]:
-                raise LdmfastError(f"the picture was made with adapter {name!r} (fingerprint {one['fingerprint']}), which "
-                                   "is not loaded: load_lora_weights(...) it under this name")
+                raise LdmfastError(f"the picture was made with adapter {name!r} (fingerprint {one['fingerprint']}), "
+                                   "which is not loaded: load_lora_weights(...) it under this name")

@@ -24,7 +24,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 @dataclass(frozen=True)
 class Request:
     """One call, complete: every default resolved, every value checked. ``pictures`` is prompts x images per prompt.
-    ``table`` holds all step coefficients, guidance folded in where it is linear. ``loras``: adapters of each picture."""
+    ``table`` holds all step coefficients, guidance folded in where it is linear. ``loras``: each picture's adapters."""
 
     mode: str
     prompts: list[str] | None
