@@ -71,7 +71,7 @@ def main() -> None:
     batch = pipe([PROMPT] * len(each), generator=[1] * len(each), num_inference_steps=a.steps, loras=each,
                  progress=False).images
     same = all(np.array_equal(x, pictures[name]) for x, name in zip(batch, ["base", *names]))
-    print(f"a batch with {len(each)} different choices: {'the same pictures, bit for bit' if same else 'other pictures'}")
+    print(f"a batch with {len(each)} different choices: {'the same, bit for bit' if same else 'other pictures'}")
     pipe.unload_lora_weights()
     print(f"unloaded: {'the base again, bit for bit' if np.array_equal(draw(), base) else 'not the base'}")
     Image.fromarray(np.concatenate(list(pictures.values()), axis=1)).save(a.out)
