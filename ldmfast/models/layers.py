@@ -113,8 +113,8 @@ class GroupNorm(Direct, nn.GroupNorm):
 
 
     def conv(self, layer: Conv2d, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """layer(forward(x, shift), residual); as one op where convolutions are our own and nobody, nor an adapter, looks
-        between."""
+        """layer(forward(x, shift), residual); as one op where convolutions are our own, nobody looks between, and the
+        layer has no adapter, which needs its input."""
         if hooked(self) or hooked(layer) or layer.lora is not None:
             return layer(self.into(layer, x, shift), residual)
         own, w = self._parameters, layer.int8
