@@ -21,7 +21,7 @@ from .side import Layer, Pair, pair
 _SAMPLES = 16  # numbers of each matrix that the fingerprint looks at
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """parts: component -> layer's name in the network -> its matrices. fingerprint: sixteen hex digits that tell LoRAs
     apart."""

@@ -23,7 +23,7 @@ from .twin import shallow
 Layer = Linear | Conv2d
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
     """LoRA of one layer, in the network's dtype. down: (R, in), or (R, in, k, k) for kernels above 1. up: (out, R),
     times alpha / r. ordered: up with its rows in the order in which the layer computes them."""

@@ -25,7 +25,7 @@ from .twin import twin
 Networks = Mapping[str, Model]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fused:
     """An adapter in the weights of one component. lora_scale: what its weight was multiplied with."""
 
@@ -36,7 +36,7 @@ class Fused:
     lora_scale: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stack:
     """base: the networks as loaded, by component. merged: with what is fused. active: adapters of the side path."""
 
@@ -82,13 +82,14 @@ class Stack:
 
     def free_name(self, name: str | None) -> str:
         """The name for a new adapter: the one asked for, or diffusers' default_0 and so on."""
+        taken = {*self.adapters, *(f.name for f in self.in_weights)}
         if name is None:
-            return next(n for i in range(len(self.adapters) + 1) if (n := f"default_{i}") not in self.adapters)
+            return next(n for i in range(len(taken) + 1) if (n := f"default_{i}") not in taken)
         if not isinstance(name, str) or not name:
             raise LdmfastError(f"adapter_name={name!r} is not a name; give a text")
-        if name in self.adapters:
-            raise LdmfastError(f"adapter {name!r} is loaded already; delete_adapters({name!r}) first, or take another "
-                               "name")
+        if name in taken:
+            raise LdmfastError(f"adapter {name!r} is loaded or fused already; delete_adapters({name!r}) or unfuse_lora() "
+                               "first, or take another name")
         return name
 
     def with_adapter(self, name: str, adapter: Adapter) -> Stack:

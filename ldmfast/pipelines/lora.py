@@ -44,8 +44,9 @@ class LoraMethods:
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
         """Makes these adapters the active ones, on the side path. adapter_weights: a number or dictionary for all, or
-        a list with one for each; dictionaries by component, a UNet's by block, as in diffusers."""
-        self._change(lambda stack: replace(stack, active=stack.choice(adapter_names, adapter_weights), enabled=True))
+        a list with one for each; dictionaries by component, a UNet's by block, as in diffusers. After disable_lora()
+        they wait for enable_lora()."""
+        self._change(lambda stack: replace(stack, active=stack.choice(adapter_names, adapter_weights)))
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Lets go of adapters."""

@@ -100,7 +100,7 @@ def test_bad_arguments():
     pipe.load_lora_weights(make.kohya(lora), "a")
     call = {"prompt": make.PROMPT, "num_inference_steps": 1, "progress": False}
     for wrong, message in (
-            (lambda: pipe.load_lora_weights(make.kohya(lora), "a"), "loaded already"),
+            (lambda: pipe.load_lora_weights(make.kohya(lora), "a"), "loaded or fused already"),
             (lambda: pipe.set_adapters("b"), "no adapter 'b'; loaded are a"),
             (lambda: pipe.set_adapters("a", [1.0, 2.0]), "2 weights"),
             (lambda: pipe.set_adapters(["a", "a"]), "each adapter once"),

@@ -132,6 +132,7 @@ def test_swaps_in_other_threads(files):
 
     def swap():
         while not stop.is_set():
+            pipe.enable_lora()
             pipe.set_adapters("a")
             pipe.fuse_lora(lora_scale=0.5)
             pipe.unfuse_lora()
