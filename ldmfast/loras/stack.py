@@ -88,8 +88,8 @@ class Stack:
         if not isinstance(name, str) or not name:
             raise LdmfastError(f"adapter_name={name!r} is not a name; give a text")
         if name in taken:
-            raise LdmfastError(f"adapter {name!r} is loaded or fused already; delete_adapters({name!r}) or unfuse_lora() "
-                               "first, or take another name")
+            raise LdmfastError(f"adapter {name!r} is loaded or fused already; delete_adapters({name!r}) or "
+                               "unfuse_lora() first, or take another name")
         return name
 
     def with_adapter(self, name: str, adapter: Adapter) -> Stack:
