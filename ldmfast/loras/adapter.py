@@ -72,7 +72,8 @@ def load(source: Source, networks: Mapping[str, Model], weight_name: str | None 
     """
     where, entries = read(source, weight_name, network_alphas)
     places = {component: slots(network) for component, network in networks.items()}
-    names = {component: kohya.spellings(component, table) for component, table in places.items()}
+    names = {component: kohya.spellings(component, table, [k.module for k in entries if k[::3] == (component, True)])
+             for component, table in places.items()}
     layers: dict[str, dict[str, tuple[Slot, dict[int, Entry]]]] = {}
     for key, entry in entries.items():
         component, module = _find(where, key, entry, places, names)

@@ -6,7 +6,7 @@ Convolutions have ``lora_down`` of the layer's kernel size and ``lora_up`` of si
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from ..checkpoints import to_ldm
 from ..errors import CheckpointError
@@ -24,11 +24,12 @@ def parse(key: str) -> Key | None:
     return Key(_PREFIXES[match[1]], match[2].removeprefix("text_model_"), match[3] or match[4], flat=True)
 
 
-def spellings(component: str, modules: Iterable[str]) -> dict[str, str]:
-    """What this layout calls each module (diffusers' names, text encoders' without "text_model.") -> the module."""
+def spellings(component: str, modules: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
+    """What this layout calls each module (diffusers' names, text encoders' without "text_model.") -> the module; with
+    CompVis' names if one of those wanted needs them."""
     names = list(modules)
     flat = {name.replace(".", "_"): name for name in names}
-    if component == "unet":
+    if component == "unet" and any(name not in flat for name in wanted):
         layout = to_ldm.Layout.of(f"{name}." for name in names)
         try:
             compvis = {to_ldm.rename("unet", f"{name}.weight", layout).name: name for name in names}
