@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -114,8 +114,10 @@ class Int8Weight(nn.Module):
         self.register_buffer("zeros", torch.zeros(len(scale), dtype=torch.int64, device=scale.device))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the values of a convolution, or of an unpacked product, stand for."""
+        """The weight that the values stand for."""
         values = self.values if self.layout is None else self.layout.dense()
+        if self.packed and self.layout is None:
+            values = values.to_dense().T
         if self.own and self.gated:
             values = plain_weight(values, self.shape[0] // 2, self.shape[1])
         elif self.own:
@@ -127,11 +129,22 @@ def _float(x: Quantized, dtype: torch.dtype) -> Tensor:
     return ((x.values.float() - x.zero_point) * x.scale).to(dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """x W^T + b (+ residual). weight: plain, or packed by Linear."""
+    if not _onednn(x):
+        out = F.linear(x, weight, bias)
+        return out if residual is None else out.add_(residual)
+    if residual is None:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+
+
 class Linear(Direct, nn.Linear):
     """x W^T + b (+ residual). W is an ordinary parameter until ``pack`` or ``quantize``."""
 
     int8: Int8Weight | None
     border = 0
+    lora: Any = None  # a loras.Side: (x, residual) -> residual with what adapters add to it
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)
@@ -143,15 +156,12 @@ class Linear(Direct, nn.Linear):
 
     def forward(self, x: Tensor | Quantized, residual: Tensor | None = None) -> Tensor:
         """x: (..., in), floating, or 8-bit for a layer with ``int8``; residual: (..., out)."""
+        if self.lora is not None:
+            residual = self.lora(x, residual)
         if self.int8 is not None:
             return self._int8(self.int8, x, residual)
         assert isinstance(x, Tensor)
-        if not _onednn(x):
-            out = F.linear(x, self.weight, self.bias)
-            return out if residual is None else out.add_(residual)
-        if residual is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        return linear(x, self.weight, self.bias, residual)
 
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None) -> Tensor:
         if isinstance(x, Tensor):
@@ -207,6 +217,9 @@ class GatedLinear(Linear):
         """x: (..., in) -> (..., out_features / 2). codes: 8 bits, where the layer that follows takes them and they cost
         less than it would pay itself."""
         w, inner = self.int8, self.out_features // 2
+        if self.lora is not None and (self.own if w is None else w.own):
+            y = self.lora.values_gates(self, x)
+            return Quantized(*ops.geglu_q8(y)) if codes else ops.geglu(y)
         if w is not None and w.own:
             x = Quantized(*ops.quantize(x)) if isinstance(x, Tensor) else x
             return ops.linear_geglu_q8(*x, w.values, w.scale, w.sums, w.bias, out_features=inner)
@@ -238,6 +251,7 @@ class Conv2d(Direct, nn.Conv2d):
     """Convolution of (N, C, H, W), channels-last, plus bias (and residual), padded with zeros."""
 
     int8: Int8Weight | None
+    lora: Any = None  # as in Linear, with upsample
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0,
                  bias: bool = True):
@@ -252,6 +266,8 @@ class Conv2d(Direct, nn.Conv2d):
     def forward(self, x: Tensor | Quantized, residual: Tensor | None = None, upsample: bool = False) -> Tensor:
         """x: (N, in, H, W), floating, or 8-bit with its padding (``border``) for a layer with ``int8``; residual: like
         the output. upsample: x is doubled in size first, by nearest neighbours."""
+        if self.lora is not None:
+            residual = self.lora(x, residual, upsample)
         if self.int8 is not None:
             return self._int8(self.int8, x, residual, upsample)
         assert isinstance(x, Tensor)

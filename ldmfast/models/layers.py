@@ -113,8 +113,9 @@ class GroupNorm(Direct, nn.GroupNorm):
 
 
     def conv(self, layer: Conv2d, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """layer(forward(x, shift), residual); as one op where convolutions are our own and nobody looks between."""
-        if hooked(self) or hooked(layer):
+        """layer(forward(x, shift), residual); as one op where convolutions are our own, nobody looks between, and the
+        layer has no adapter, which needs its input."""
+        if hooked(self) or hooked(layer) or layer.lora is not None:
             return layer(self.into(layer, x, shift), residual)
         own, w = self._parameters, layer.int8
         norm = (x, self.num_groups, own["weight"], own["bias"], self.eps)

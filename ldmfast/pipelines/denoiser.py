@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import PrecisionError
+from .lora import Cast
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Conditions:
     class_labels: torch.Tensor | None = None
     timestep_cond: torch.Tensor | None = None
 
-    def rows(self, rows: slice) -> Conditions:
+    def rows(self, rows: list[int]) -> Conditions:
         return Conditions(*[None if v is None else v[rows] for v in self._values()])
 
     def _values(self) -> tuple[torch.Tensor | None, ...]:
@@ -54,41 +55,45 @@ class Denoiser:
     """Callable (x, t, stage) -> prediction, or (uncond, cond) when there are two branches.
 
     one_by_one runs every picture in a forward of its own (its guidance branches together), so that no picture's
-    bits depend on what shares the batch, whatever the GEMM library does with other batch sizes.
+    bits depend on what shares the batch, whatever the GEMM library does with other batch sizes. casts: networks (with
+    their adapters) and the pictures that each draws.
     extra: (N, c, h, w) channels appended to the network input (9-channel inpainting).
     """
 
     def __init__(
         self,
-        unet: Any,
+        casts: Sequence[Cast],
         branches: Sequence[Conditions],
         times: Sequence[float],
-        pictures: int,
         *,
         one_by_one: bool,
         extra: torch.Tensor | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
     ) -> None:
-        self.unet = unet
-        self.dtype = next(unet.parameters()).dtype
+        self.dtype = next(casts[0].unet.parameters()).dtype
         self.branches = len(branches)
         self.guidance_scale = guidance_scale
         self.guidance_rescale = guidance_rescale
         self.extra = extra
-        self.groups = [slice(i, i + 1) for i in range(pictures)] if one_by_one else [slice(0, pictures)]
+        groups = [(c.unet, rows) for c in casts for rows in ([[i] for i in c.pictures] if one_by_one else [c.pictures])]
+        order = [i for _, rows in groups for i in rows]
+        self.back = None if order == sorted(order) else torch.tensor(order).argsort()
         distinct = list(dict.fromkeys(float(t) for t in times))
-        self.states = [unet.prepare(distinct, **_stack([b.rows(g) for b in branches])) for g in self.groups]
+        self.groups = [(unet, rows, unet.prepare(distinct, **_stack([b.rows(rows) for b in branches])))
+                       for unet, rows in groups]
 
     def __call__(self, x: torch.Tensor, t: float, stage: int) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if self.extra is not None:
             x = torch.cat([x, self.extra.to(x.dtype)], dim=1)
         x = x.to(self.dtype)
         parts: list[tuple[torch.Tensor, ...]] = []
-        for group, state in zip(self.groups, self.states):
-            rows = torch.cat([x[group]] * self.branches)
-            parts.append(self.unet(rows, t, state=state).chunk(self.branches))
+        for unet, rows, state in self.groups:
+            own = x if len(self.groups) == 1 else x[rows]
+            parts.append(unet(torch.cat([own] * self.branches), t, state=state).chunk(self.branches))
         outs = tuple(p[0] if len(parts) == 1 else torch.cat(p) for p in zip(*parts))
+        if self.back is not None:
+            outs = tuple(out[self.back] for out in outs)
         if len(outs) == 1:
             return outs[0]
         if self.guidance_rescale > 0:
@@ -118,13 +123,13 @@ def guidance_embedding(scale: float, pictures: int, dim: int) -> torch.Tensor:
 
 
 class NanFinder:
-    """While active, names the first module of ``model`` that turns finite inputs into NaN or infinity.
+    """While active, names the first module of the models that turns finite inputs into NaN or infinity.
 
     The hook is torch's global one, filtered by thread, because the module itself is shared between threads.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.names = {id(m): name for name, m in model.named_modules() if name}
+    def __init__(self, *models: torch.nn.Module) -> None:
+        self.names = {id(m): name for model in models for name, m in model.named_modules() if name}
         self.thread = threading.get_ident()
         self.found: str | None = None
 

@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoints import Parts
 from ..errors import CheckpointError, DeviceError, PrecisionError
+from ..loras import Stack
 from ..models import REGISTRY, TEXT_ENCODERS
 from ..quantization import Plan, store
 from ..samplers import Schedule
@@ -34,6 +35,7 @@ class Components:
     index: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
+    loras: Stack | None = None  # unet and text_encoders are with its active adapters
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

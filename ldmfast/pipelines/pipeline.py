@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ import torch
 from .. import checkpoints
 from .inputs import GeneratorLike
 from .load import ASSETS, Components, load, resolve_device, resolve_precision
+from .lora import LoraMethods
 from .output import PipelineOutput
 from .request import Request
 from .run import run
 
 
-class Pipeline:
+class Pipeline(LoraMethods):
     """A loaded model. Calls share its read-only weights and keep their state to themselves: any number of threads
     may call one pipeline, and each gets what it would get alone.
 
@@ -30,6 +33,7 @@ class Pipeline:
         self.device = device
         self.source = source
         self.vae_tiling = False
+        self._changing = threading.Lock()  # of ``loaded``, which is replaced as a whole
 
     @classmethod
     def from_pretrained(
@@ -149,6 +153,7 @@ class Pipeline:
         guidance_rescale: float = 0.0,
         clip_skip: int | None = None,
         class_labels: Any = None,
+        loras: Any = None,
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
@@ -170,13 +175,16 @@ class Pipeline:
         strength: 0 to 1, how much of the picture is redrawn (default 0.8; 1.0 when inpainting).
         output_type: "pil", "np" (N, H, W, 3), "pt" (N, 3, H, W), both in [0, 1], or "latent" (the VAE's units
             times its scaling factor).
+        loras: adapters of this call in place of the active ones: a name, or {name: weight} ({} for none), or a list of
+            these with one for each picture.
         callback_on_step_end(call, step, timestep, {"latents": x}): may return {"latents": replacement};
             ``call.cancel()`` (or diffusers' ``call._interrupt = True``) ends this call after the step.
         Raises LdmfastError and its subclasses with one line, before any heavy work; PrecisionError when numbers
         become NaN or infinite on the way.
         """
         arguments = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "__class__")}
-        result = run(self, Request.resolve(self, **arguments))
+        pipe = copy.copy(self)  # other threads may swap adapters: this call keeps what is there now
+        result = run(pipe, Request.resolve(pipe, **arguments))
         return result if return_dict else (result.images, None)
 
     def repeat(self, settings: dict[str, Any], *, image: Any = None, mask_image: Any = None,

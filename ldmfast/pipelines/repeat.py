@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LdmfastError
+from .lora import check_loras, weights_of
 from .output import PipelineOutput
 from .run import digest
 
@@ -28,6 +29,7 @@ def _check(pipe: Pipeline, settings: dict[str, Any], image: Any, mask_image: Any
     if not settings.get("repeatable", False) or settings["seed"] is None:
         raise LdmfastError("the picture cannot be repeated: its call was given latents, embeddings, a callback "
                            "or a generator whose state no seed tells")
+    check_loras(pipe, settings)
     for name, value in (("image", image), ("mask_image", mask_image)):
         wanted = settings.get(name)
         if wanted is not None and value is None:
@@ -58,6 +60,7 @@ def repeat(pipe: Pipeline, settings: dict[str, Any], *, image: Any, mask_image: 
     for name in ("original_size", "target_size", "crops_coords_top_left"):
         if settings.get(name) is not None:
             arguments[name] = tuple(settings[name])
+    arguments["loras"] = [weights_of(row) for row in rows]
     out = pipe(**arguments, generator=[row["seed"] for row in rows], progress=progress)
     assert isinstance(out, PipelineOutput)
     index = settings.get("index", 0) if settings.get("batch") else 0

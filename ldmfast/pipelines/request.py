@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import LdmfastError, ShapeError
+from ..loras import Choice
 from ..samplers import StepTable, make_table
 from .inputs import RandomSource, check_size, image_size, random_source
+from .lora import choices
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -22,7 +24,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 @dataclass(frozen=True)
 class Request:
     """One call, complete: every default resolved, every value checked. ``pictures`` is prompts x images per prompt.
-    ``table`` holds all step coefficients, guidance folded in where it is linear."""
+    ``table`` holds all step coefficients, guidance folded in where it is linear. ``loras``: each picture's adapters."""
 
     mode: str
     prompts: list[str] | None
@@ -51,6 +53,7 @@ class Request:
     output_type: str
     clip_skip: int | None
     class_labels: torch.Tensor | None
+    loras: tuple[Choice, ...]
     original_size: tuple[int, int]
     crops_coords_top_left: tuple[int, int]
     target_size: tuple[int, int]
@@ -97,7 +100,7 @@ class Request:
             random=random_source(a["generator"], pictures), latents=a["latents"], image=a["image"],
             mask_image=a["mask_image"], strength=strength, solver=_solver(pipe, a), table=table,
             output_type=a["output_type"], clip_skip=a["clip_skip"],
-            class_labels=_class_labels(pipe, a["class_labels"], pictures),
+            class_labels=_class_labels(pipe, a["class_labels"], pictures), loras=choices(pipe, a["loras"], pictures),
             original_size=a["original_size"] or size, crops_coords_top_left=tuple(a["crops_coords_top_left"]),
             target_size=a["target_size"] or size, callback=a["callback_on_step_end"], progress=bool(a["progress"]),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..ops._load import reused_memory
 from ..samplers import StopSampling, sample
 from .denoiser import Conditions, Denoiser, NanFinder, guidance_embedding, not_finite
 from .inputs import prepare_image, prepare_mask, repeat_to
+from .lora import Cast, cast, fused_settings, settings_of
 from .output import PipelineOutput, to_output
 from .request import Request
 from .text import PromptEmbeds, encode_prompts
@@ -60,20 +61,20 @@ def run(pipe: Pipeline, request: Request) -> PipelineOutput:
 
 
 def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
-    branches = _branches(pipe, request)
+    casts = cast(pipe, request)
+    branches = _branches(pipe, request, casts)
     x, blend, extra = _start(pipe, request)
     times = request.table.network_times.tolist()
 
     def denoiser() -> Denoiser:
-        return Denoiser(pipe.unet, branches, times, request.pictures, one_by_one=pipe.precision == "exact",
-                        extra=extra, guidance_scale=request.guidance_scale,
-                        guidance_rescale=request.guidance_rescale)
+        return Denoiser(casts, branches, times, one_by_one=pipe.precision == "exact", extra=extra,
+                        guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale)
 
     sampling_states = request.random.states()
     latents, cancelled = _sample(pipe, request, denoiser(), x, blend)
     if not bool(torch.isfinite(latents).all()):
         request.random.restore(sampling_states)
-        _explain(pipe, request, denoiser(), x, blend)
+        _explain(pipe, request, casts, denoiser(), x, blend)
     if request.output_type == "latent":
         images: Any = latents
     else:
@@ -81,29 +82,44 @@ def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
     return PipelineOutput(images, _settings(pipe, request), cancelled)
 
 
-def _embeds(pipe: Pipeline, request: Request) -> tuple[PromptEmbeds, PromptEmbeds | None] | None:
-    """Embeddings of the prompts and of the negative prompts, one row a prompt."""
+def _embeds(pipe: Pipeline, request: Request, casts: Sequence[Cast]
+            ) -> tuple[PromptEmbeds, PromptEmbeds | None] | None:
+    """Embeddings of the prompts and of the negative prompts, one row a picture."""
     if request.prompt_embeds is not None:
         negative = request.negative_prompt_embeds
-        return (PromptEmbeds(request.prompt_embeds, request.pooled_prompt_embeds),
-                None if negative is None else PromptEmbeds(negative, request.negative_pooled_prompt_embeds))
+        return (PromptEmbeds(request.prompt_embeds, request.pooled_prompt_embeds).repeat(request.per_prompt),
+                None if negative is None else
+                PromptEmbeds(negative, request.negative_pooled_prompt_embeds).repeat(request.per_prompt))
     if request.prompts is None:
         return None
-    encoders = pipe.loaded.text_encoders
-    negatives = request.negative_prompts
-    force_zeros = (negatives is not None and not any(negatives) and len(encoders) == 2
+    encoded = [_encoded(pipe, request, c) for c in casts]
+    if len(encoded) == 1:
+        return encoded[0]
+    back = torch.tensor([i for c in casts for i in c.pictures]).argsort()
+    negatives = [n for _, n in encoded if n is not None]
+    return (PromptEmbeds.cat([p for p, _ in encoded])[back],
+            PromptEmbeds.cat(negatives)[back] if negatives else None)
+
+
+def _encoded(pipe: Pipeline, request: Request, one: Cast) -> tuple[PromptEmbeds, PromptEmbeds | None]:
+    """The rows of the pictures that one set of networks draws."""
+    assert request.prompts is not None
+    encoders, count = one.text_encoders, len(one.pictures)
+    prompts, negatives = ([texts[i // request.per_prompt] for i in one.pictures] if texts is not None else None
+                          for texts in (request.prompts, request.negative_prompts))
+    assert prompts is not None
+    force_zeros = (request.negative_prompts is not None and not any(request.negative_prompts) and len(encoders) == 2
                    and pipe.loaded.index.get("force_zeros_for_empty_prompt", True))
-    prompts = request.prompts + ([] if negatives is None or force_zeros else negatives)
-    embeds = encode_prompts(encoders, prompts, clip_skip=request.clip_skip, one_by_one=pipe.precision == "exact")
+    texts = prompts + ([] if negatives is None or force_zeros else negatives)
+    embeds = encode_prompts(encoders, texts, clip_skip=request.clip_skip, one_by_one=pipe.precision == "exact")
     if force_zeros:
         return embeds, embeds.zeros_like()
-    count = len(request.prompts)
     return embeds[:count], None if negatives is None else embeds[count:]
 
 
-def _branches(pipe: Pipeline, request: Request) -> list[Conditions]:
+def _branches(pipe: Pipeline, request: Request, casts: Sequence[Cast]) -> list[Conditions]:
     """[uncond, cond], or [cond] without guidance."""
-    embeds = _embeds(pipe, request)
+    embeds = _embeds(pipe, request, casts)
     config, device, n = pipe.unet.config, pipe.device, request.pictures
     dtype = next(pipe.unet.parameters()).dtype
     labels = None if request.class_labels is None else request.class_labels.to(device)
@@ -116,10 +132,9 @@ def _branches(pipe: Pipeline, request: Request) -> list[Conditions]:
         ids = (*request.original_size, *request.crops_coords_top_left, *request.target_size)
         time_ids = torch.tensor([ids], dtype=dtype, device=device).expand(n, -1)
     branches = []
-    for embed in (embeds[1], embeds[0]):
-        if embed is None:
+    for rows in (embeds[1], embeds[0]):
+        if rows is None:
             continue
-        rows = embed.repeat(request.per_prompt)
         pooled = None if rows.pooled is None else rows.pooled.to(device, dtype)
         if time_ids is not None and pooled is None:
             raise LdmfastError("this network also needs pooled_prompt_embeds and negative_pooled_prompt_embeds")
@@ -214,7 +229,8 @@ def _user_callback(request: Request, call: Call, step: int, t: float, latents: t
     return replaced.to(latents)
 
 
-def _explain(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor, blend: Blend | None) -> None:
+def _explain(pipe: Pipeline, request: Request, casts: Sequence[Cast], denoiser: Denoiser, x: torch.Tensor,
+             blend: Blend | None) -> None:
     """Run the call again from the same random state, looking at every step, and raise what was found."""
     steps = request.table.num_steps
     done = 0
@@ -230,7 +246,7 @@ def _explain(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tens
             raise not_finite(f"at step {step + 1} of {steps} (timestep {t:g})", finder.found, pipe.precision)
         return latents
 
-    with NanFinder(pipe.unet) as finder:
+    with NanFinder(*(c.unet for c in casts)) as finder:
         sample(denoiser, x, table=request.table, generator=request.random.argument, callback=on_step)
     raise not_finite(f"after step {done} of {steps}", finder.found, pipe.precision)
 
@@ -294,7 +310,7 @@ def _settings(pipe: Pipeline, request: Request) -> list[dict[str, Any]]:
         "crops_coords_top_left": list(request.crops_coords_top_left),
         "image": digest(request.image), "mask_image": digest(request.mask_image),
         "repeatable": request.prompt_embeds is None and request.latents is None and request.callback is None,
-        "vae_tiling": pipe.vae_tiling,
+        "vae_tiling": pipe.vae_tiling, "fused_loras": fused_settings(pipe),
     }
     rows = []
     for i in range(request.pictures):
@@ -304,6 +320,7 @@ def _settings(pipe: Pipeline, request: Request) -> list[dict[str, Any]]:
             "negative_prompt": None if request.negative_prompts is None else request.negative_prompts[p],
             "seed": request.random.seeds[i],
             "class_label": None if request.class_labels is None else int(request.class_labels[i]),
+            "loras": settings_of(pipe, request.loras[i]),
         })
     batch = rows if pipe.precision != "exact" and len(rows) > 1 else None
     return [{**common, **row, "batch": batch, "index": i} for i, row in enumerate(rows)]

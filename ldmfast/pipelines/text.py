@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,11 @@ class PromptEmbeds:
 
     def __getitem__(self, rows: slice | torch.Tensor) -> PromptEmbeds:
         return PromptEmbeds(self.states[rows], None if self.pooled is None else self.pooled[rows])
+
+    @classmethod
+    def cat(cls, parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        pooled = [p.pooled for p in parts if p.pooled is not None]
+        return cls(torch.cat([p.states for p in parts]), torch.cat(pooled) if pooled else None)
 
     def repeat(self, times: int) -> PromptEmbeds:
         """Each prompt ``times`` times in a row."""
@@ -108,6 +114,5 @@ def encode_prompts(
         for group in groups:
             parts = [_encode_one(e, group, clip_skip) for e in encoders]
             embeds.append(PromptEmbeds(torch.cat([p[0] for p in parts], dim=-1), parts[-1][1]))
-        pooled = None if embeds[0].pooled is None else torch.cat([e.pooled for e in embeds if e.pooled is not None])
-        rows = PromptEmbeds(torch.cat([e.states for e in embeds]), pooled)
+        rows = PromptEmbeds.cat(embeds)
         return rows if distinct == prompts else rows[torch.tensor([distinct.index(p) for p in prompts])]
