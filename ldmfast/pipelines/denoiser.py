@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import PrecisionError
+
+Network = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,18 @@ class Denoiser:
         self.states = [unet.prepare(distinct, **_stack([b.rows(g) for b in branches])) for g in self.groups]
 
     def __call__(self, x: torch.Tensor, t: float, stage: int) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        if self.extra is not None:
-            x = torch.cat([x, self.extra.to(x.dtype)], dim=1)
+        return self.predict(x, self.extra, [partial(self.unet, timestep=t, state=s) for s in self.states])
+
+    def predict(self, x: torch.Tensor, extra: torch.Tensor | None, networks: Sequence[Network]
+                ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """networks: the UNet of each group of pictures, its time and conditions filled in."""
+        if extra is not None:
+            x = torch.cat([x, extra.to(x.dtype)], dim=1)
         x = x.to(self.dtype)
         parts: list[tuple[torch.Tensor, ...]] = []
-        for group, state in zip(self.groups, self.states):
+        for group, network in zip(self.groups, networks):
             rows = torch.cat([x[group]] * self.branches)
-            parts.append(self.unet(rows, t, state=state).chunk(self.branches))
+            parts.append(network(rows).chunk(self.branches))
         outs = tuple(p[0] if len(parts) == 1 else torch.cat(p) for p in zip(*parts))
         if len(outs) == 1:
             return outs[0]
