@@ -23,9 +23,11 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_clock
 import torch
 from tqdm import tqdm
 
@@ -88,15 +90,22 @@ def measure(row: Any, case: Any, dtype: torch.dtype, timer: str, device: str, pe
             repeats: int) -> dict[str, Any]:
     args = to_device(case.args(dtype), device)
     cost = row.cost(*args)
+    arms, how = {"ours": row.overload, "torch": row.peer}, {}
     with torch.inference_mode():
-        found = medians(timer, {"ours": lambda: row.overload(*args), "torch": lambda: row.peer(*args)}, repeats)
+        if device == "cuda":
+            many = {name: gpu_clock.repeated(arm, args, cost.bytes, partial(clock, timer)) for name, arm in arms.items()}
+            found = medians(timer, {name: call for name, (call, _, _) in many.items()}, repeats)
+            found = {name: seconds / many[name][1] for name, seconds in found.items()}
+            how = {"timed": {name: text for name, (_, _, text) in many.items()}}
+        else:
+            found = medians(timer, {name: partial(arm, *args) for name, arm in arms.items()}, repeats)
     floor = max(cost.bytes / peak["bytes_per_s"], cost.flops / peak["flop_per_s"])
     return {
         "op": row.name, "case": case.name, "dtype": str(dtype)[6:], "backend": row.live(device),
         "ms": round(found["ours"] * 1e3, 4), "torch_ms": round(found["torch"] * 1e3, 4),
         "speedup": round(found["torch"] / found["ours"], 3), "roofline": round(floor / found["ours"], 3),
         "gflops": round(cost.flops / found["ours"] / 1e9, 1), "gbytes": round(cost.bytes / found["ours"] / 1e9, 2),
-    }
+        **how}
 
 
 def device_name(device: str) -> str:
@@ -111,7 +120,11 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """HEAD's short name, with "-changed" where the measured code differs from it."""
+    """HEAD's short name, with "-changed" where the measured code differs from it; $LDMFAST_COMMIT where the sources were
+    carried to without their history."""
+    if os.environ.get("LDMFAST_COMMIT"):
+        return os.environ["LDMFAST_COMMIT"]
+
     def git(*words: str) -> str:
         command = ["git", "-C", str(ROOT), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -128,7 +141,7 @@ def conditions(device: str) -> dict[str, Any]:
     facts = ldmfast.info()
     return {"device": device_name(device), "commit": commit(), "torch": torch.__version__,
             "ldmfast": facts["version"], "cpu_isa": facts["cpu_isa"], "threads": torch.get_num_threads(),
-            "load_average": os.getloadavg()[0]}
+            "load_average": os.getloadavg()[0], **({"gpu": gpu_clock.facts()} if device == "cuda" else {})}
 
 
 def result_path(device: str, name: str) -> Path:
@@ -136,8 +149,8 @@ def result_path(device: str, name: str) -> Path:
     return RESULTS / "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split()) / name
 
 
-def write(record: dict[str, Any], name: str) -> Path:
-    path = result_path(record["device"], name)
+def write(record: dict[str, Any], name: str, folder: Path | None = None) -> Path:
+    path = folder / name if folder else result_path(record["device"], name)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
@@ -156,6 +169,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="rounds; each arm runs once a round")
     parser.add_argument("--busy", action="store_true", help="one CPU thread, timed by the CPU time it got")
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the record (default: bench/results/<device>)")
     return parser.parse_args()
 
 
@@ -181,7 +195,7 @@ def main() -> None:
     record = {**conditions(options.device), "clock": "thread CPU time" if options.busy else "wall",
               "repeats": options.repeats, "peaks": peaks, "rows": rows}
     if not options.no_write:
-        print(f"written to {write(record, 'ops.json')}")
+        print(f"written to {write(record, 'ops.json', options.out)}")
 
 
 if __name__ == "__main__":
