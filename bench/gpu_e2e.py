@@ -7,8 +7,8 @@
 All arms share one set of random weights, start and prompt embeddings, in one process; rounds take the arms in turn.
 Each call runs the solver (DDIM), guidance and the decoder, on embeddings, so text encoders count for none. ``it_s``:
 steps a second of the loop alone, from a call without decoding. The record gpu-e2e-<model>-b<batch>.json is written
-after every arm: what is killed by a time limit leaves what it had. unet_error: relative RMS of the UNet's output against
-the same weights in fp32.
+after every arm: what is killed by a time limit leaves what it had. unet_error: relative RMS of the UNet's output
+against the same weights in fp32; apart: of the last latents from diffusers eager's, which has errors of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +66,7 @@ class Bench:
     def theirs(self, compiled: bool = False) -> tuple[Call, str]:
         unet, vae = self.parts
         names = {"vae": vae, "unet": unet, "text_encoder": None, "tokenizer": None,
-                 "scheduler": diffusers.DDIMScheduler(**SCHEDULE)}
+                 "scheduler": diffusers.DDIMScheduler.from_config(SCHEDULE)}
         if self.model.large:
             pipe = diffusers.StableDiffusionXLPipeline(**names, text_encoder_2=None, tokenizer_2=None,
                                                        add_watermarker=False)
@@ -128,16 +129,20 @@ def start(bench: Bench, name: str) -> tuple[Call, dict[str, Any]]:
 def measure(bench: Bench, arms: list[str], rounds: int, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     calls: dict[str, Call] = {}
+    latents: dict[str, torch.Tensor] = {}
     batch = len(bench.start)
     for name in arms:
         try:
             calls[name], rows[name] = start(bench, name)
+            latents[name] = calls[name](False).float()
             if name == "ours":
                 rows[name]["unet_error"] = bench.errors()
         except Exception as error:  # whatever stops one arm is told in its row, and the others go on
             rows[name] = {"unavailable": reason(error)}
             gc.collect()
         save(rows)
+    for name, x in latents.items():
+        rows[name]["apart"] = relative_rms(x, latents["eager"]) if "eager" in latents else None
     times: dict[tuple[str, bool], list[float]] = {(n, d): [] for n in calls for d in (True, False)}
     for name in in_turn(calls, rounds):
         for decode in (True, False):
@@ -149,7 +154,7 @@ def measure(bench: Bench, arms: list[str], rounds: int, save: Callable[[dict[str
     return rows
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sdxl", choices=sorted(set(MODELS) - {"tiny"}))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
@@ -165,6 +170,7 @@ def main() -> None:
     folder = args.out or result_path(facts["device"], "").parent
     folder.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, args.dtype or ("float16" if args.device == "cuda" else "float32"))
+    missing = False
     for batch in args.batch:
         bench = Bench(MODELS[args.model], dtype, args.device, batch, args.steps)
         kind = "-compiled" if "compiled" in args.arms else ""
@@ -183,9 +189,11 @@ def main() -> None:
                 f"not available: {row['unavailable']}" if "unavailable" in row else
                 f"{row['call_s']:8.3f} s {row['it_s']:8.2f} it/s {row['img_s']:7.3f} img/s"
                 + (f" {base / row['call_s']:6.2f}x eager" if base else "")), flush=True)
+        missing = missing or any("unavailable" in row for row in rows.values())
         del bench
         gc.collect()
+    return int(missing)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,8 +14,9 @@ import ldmfast
 from ldmfast.pipelines.load import Components
 from ldmfast.samplers import Schedule
 
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
-            "clip_sample": False, "set_alpha_to_one": False}
+# as diffusers' Stable Diffusion pipelines have it
+SCHEDULE = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
+            "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SDXL = {
     "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20), "use_linear_projection": True,
@@ -65,12 +66,11 @@ def random_module(cls: Any, config: dict[str, Any], dtype: torch.dtype, device: 
 
 
 def modules(model: Model, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
-    """diffusers' UNet and autoencoder. In half precision the autoencoder is bf16: fp16 overflows in SDXL's."""
+    """diffusers' UNet and autoencoder. force_upcast is off, as in the SDXL autoencoders that people use in fp16."""
     import diffusers
 
-    low = torch.bfloat16 if dtype == torch.float16 else dtype
     return (random_module(diffusers.UNet2DConditionModel, model.unet, dtype, device),
-            random_module(diffusers.AutoencoderKL, model.vae, low, device, 1))
+            random_module(diffusers.AutoencoderKL, {**model.vae, "force_upcast": False}, dtype, device, 1))
 
 
 def pipeline(model: Model, dtype: torch.dtype, device: str, given: tuple[Any, Any] | None = None) -> ldmfast.Pipeline:

@@ -93,7 +93,7 @@ def measure(row: Any, case: Any, dtype: torch.dtype, timer: str, device: str, pe
     arms, how = {"ours": row.overload, "torch": row.peer}, {}
     with torch.inference_mode():
         if device == "cuda":
-            many = {name: gpu_clock.repeated(arm, args, cost.bytes, partial(clock, timer)) for name, arm in arms.items()}
+            many = {n: gpu_clock.repeated(arm, args, cost.bytes, partial(clock, timer)) for n, arm in arms.items()}
             found = medians(timer, {name: call for name, (call, _, _) in many.items()}, repeats)
             found = {name: seconds / many[name][1] for name, seconds in found.items()}
             how = {"timed": {name: text for name, (_, _, text) in many.items()}}
@@ -120,8 +120,8 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """HEAD's short name, with "-changed" where the measured code differs from it; $LDMFAST_COMMIT where the sources were
-    carried to without their history."""
+    """HEAD's short name, with "-changed" where the measured code differs from it; $LDMFAST_COMMIT where the sources
+    came without their history."""
     if os.environ.get("LDMFAST_COMMIT"):
         return os.environ["LDMFAST_COMMIT"]
 
