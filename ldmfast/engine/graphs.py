@@ -41,8 +41,9 @@ class CudaGraphs:
     device_type = "cuda"
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
+        # the index now: another thread may have another current device
+        self.device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+        self.stream = torch.cuda.Stream(self.device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def order(self) -> AbstractContextManager[object]:
