@@ -29,6 +29,7 @@ STAGES="check sdxl sd15 ops profile batches compiled sanitize"
 DRY=
 
 prepare() {
+    rm -rf "$WHEELS"
     "$PYTHON" tools/build_wheels.py --cuda 13.0 --python 3.12 --out "$WHEELS" || exit 1
     "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d "$WHEELS" \
         diffusers==0.42.1 importlib_metadata || exit 1
@@ -74,7 +75,7 @@ stage() {
     fi
     case $1 in
         check)
-            run facts "$PYTHON" -c 'import ldmfast, sys; print(sys.version, ldmfast.__file__, ldmfast.info(), sep="\n")'
+            run facts "$PYTHON" -P -c 'import ldmfast, sys; print(sys.version, ldmfast.__file__, ldmfast.info(), sep="\n")'
             bench check gpu_check --device $device "${check[@]}" ;;
         sdxl) bench sdxl gpu_e2e --device $device --model $large --steps $steps --rounds $rounds \
                   --arms ours "ours eager" eager ;;

@@ -21,6 +21,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -69,11 +70,11 @@ def medians(timer: str, calls: dict[str, Callable[[], Any]], repeats: int) -> di
 
 def roofline(timer: str, device: str, dtype: torch.dtype) -> dict[str, float]:
     """Bytes per second of a large copy (read and write counted) and flop/s of a large matmul, measured here."""
-    n = 4096 if device == "cuda" else 1536
+    n = 8192 if device == "cuda" else 1536  # a GPU takes 2 ms for either: waiting for it counts for nothing
     a = torch.randn(n, n, device=device).to(dtype)
-    source = torch.empty(1 << (28 if device == "cuda" else 25), dtype=torch.float32, device=device)
+    source = torch.empty(1 << (30 if device == "cuda" else 25), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    best = {name: min(clock(timer, call) for _ in range(5))
+    best = {name: min(clock(timer, call) for _ in range(10))
             for name, call in {"matmul": lambda: a @ a, "copy": lambda: target.copy_(source)}.items()}
     return {"bytes_per_s": 2 * source.numel() * 4 / best["copy"], "flop_per_s": 2 * n**3 / best["matmul"]}
 
@@ -180,22 +181,30 @@ def main() -> None:
     timer = "cpu-time" if options.busy else options.device
     torch.set_num_threads(options.threads)
     work = [(row, case, getattr(torch, dtype)) for dtype in options.dtype for _, row in sorted(ops.ROWS.items())
-            if not options.op or row.name in options.op for case in row.cases()
+            if (row.name in options.op if options.op else options.device == "cpu" or not row.cpu_only)
+            for case in row.cases()
             if (case.name in options.case if options.case else "network" in case.tags)]
     peaks = {dtype: roofline(timer, options.device, getattr(torch, dtype)) for dtype in options.dtype}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    record = {**conditions(options.device), "clock": "thread CPU time" if options.busy else "wall",
+              "repeats": options.repeats, "peaks": peaks, "rows": rows, "failed": (failed := [])}
     for row, case, dtype in (progress := tqdm(work, unit="case", leave=False)):
         progress.set_description(f"{row.name} {case.name}")
-        rows.append(measure(row, case, dtype, timer, options.device, peaks[str(dtype)[6:]], options.repeats))
+        try:
+            rows.append(measure(row, case, dtype, timer, options.device, peaks[str(dtype)[6:]], options.repeats))
+        except RuntimeError as error:  # a kernel that does not start must not hide the others
+            failed.append(f"{row.name} {case.name} {dtype}: {(str(error).splitlines() or [''])[0]}")
+        if options.out:  # a time limit may end this at any moment
+            write(record, "ops.json", options.out)
     width = max((len(r["case"]) for r in rows), default=4)
     print(f"{'op':20s} {'case':{width}s} {'dtype':9s} {'backend':9s} {'ms':>9s} {'torch':>9s} ratio  roofline")
     for r in rows:
         print(f"{r['op']:20s} {r['case']:{width}s} {r['dtype']:9s} {r['backend']:9s} {r['ms']:9.3f} "
               f"{r['torch_ms']:9.3f} {r['speedup']:5.2f} {r['roofline']:8.0%}")
-    record = {**conditions(options.device), "clock": "thread CPU time" if options.busy else "wall",
-              "repeats": options.repeats, "peaks": peaks, "rows": rows}
+    print("".join(f"FAILED {text}\n" for text in failed), end="")
     if not options.no_write:
         print(f"written to {write(record, 'ops.json', options.out)}")
+    sys.exit(int(bool(failed)))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import LdmfastError
 from ..samplers.sample import Generators, StepCallback, noise_source
 from ..samplers.step_table import StepTable
 from .graphs import CaptureError, Graphs
@@ -108,8 +109,10 @@ class Engine:
         return out
 
     def clear(self) -> None:
-        """Lets every graph go, and its memory."""
-        with self._lock:
+        """Lets every graph go, and its memory. Raises LdmfastError in a callback of a call that uses one."""
+        with self._alone() as free:
+            if not free:
+                raise LdmfastError("engine.clear(): a call of this thread is using its graph; clear it after the call")
             self._forget(list(self._entries))
 
     def _work(self, module: nn.Module, key: Hashable, record: Callable[[], Any]) -> Loop | Function | str:

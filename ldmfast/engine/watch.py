@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.modules import module as _torch
+
+from ..models.direct import hooked
 
 
 def _address(x: Tensor) -> int:
@@ -26,6 +27,4 @@ class Watch:
 
     def hooked(self) -> bool:
         """Whether forward hooks wait for calls that a replay does not make."""
-        if _torch._global_forward_hooks or _torch._global_forward_pre_hooks:
-            return True
-        return any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)
+        return any(hooked(m) for m in self.modules)

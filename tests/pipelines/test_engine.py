@@ -181,14 +181,16 @@ def test_callbacks_replace_and_cancel(tiny, graphs):
 
 
 def test_a_call_inside_a_callback_runs_eagerly(tiny, graphs):
-    inner = []
+    inner, engine = [], Engine(graphs)
 
     def again(call, step, t, tensors):
         if step == 0:
+            with pytest.raises(ldmfast.LdmfastError, match="a call of this thread is using its graph"):
+                engine.clear()
             with pytest.warns(RuntimeWarning, match="runs eagerly.*callback called the pipeline"):
                 inner.append(tiny(TEXT, generator=8, num_inference_steps=2, output_type="pt", progress=False).images)
 
-    out = call(tiny, Engine(graphs), TEXT, generator=1, num_inference_steps=2, callback_on_step_end=again)
+    out = call(tiny, engine, TEXT, generator=1, num_inference_steps=2, callback_on_step_end=again)
     assert torch.equal(out, call(tiny, None, TEXT, generator=1, num_inference_steps=2))
     assert torch.equal(inner[0], call(tiny, None, TEXT, generator=8, num_inference_steps=2))
 
