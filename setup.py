@@ -1,6 +1,5 @@
 """Builds the native parts with ninja. A part that cannot be built is left out with a warning, never an
 error: the package then runs on its references, and ldmfast.info() repeats the reason.
-
 LDMFAST_CUDA=0|1: leave CUDA out, or insist on it (default: built where nvcc is found). LDMFAST_CUDA_ARCHS: default
 "80 90a 100a". LDMFAST_SANITIZE=1: address and undefined-behaviour sanitizers; or the names of levels, these only.
 """
@@ -98,8 +97,9 @@ class Plan:
         code = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in ARCHS.split())
         flags = f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr {TARGET} -DUSE_CUDA"
         self.rule("nvcc", f"{nvcc} {flags} {self.include} {code}", compiles=True)
-        self.rule("nvlink", f"{nvcc} -shared -cudart shared $in {self.libtorch} -o $out")
-        # a CPU build of torch does not ship libtorch_cuda.so: an empty one stands in for the linker
+        # needed by name: torch loads libtorch_cuda.so privately, and a library that does not name it cannot see into it.
+        # A CPU build of torch does not ship it: an empty one stands in, which the linker must not drop
+        self.rule("nvlink", f"{nvcc} -shared -cudart shared -Xlinker --no-as-needed $in {self.libtorch} -o $out")
         self.rule("stub", f"{self.cxx} -shared -Wl,-soname,libtorch_cuda.so -o $out -x c++ {os.devnull}")
         objects = [self.add(f"{s.stem}.cuda.o", "nvcc", [s]) for s in sources]
         self.add(LIBRARIES["cuda"], "nvlink", [*objects, self.add("stub/libtorch_cuda.so", "stub", [])])

@@ -88,6 +88,17 @@ def test_the_record_of_a_repacked_wheel_is_true(wheel):
 
 
 @needs_build
+def test_a_library_that_does_not_name_torchs_is_refused(tool, tmp_path):
+    """The first CUDA library did not name libtorch_cuda.so, as the linker drops what a stub does not give: on a GPU its
+    first kernel would have ended the process with "undefined symbol: aoti_torch_get_current_cuda_stream"."""
+    tool.check_needs(_load.PACKAGE / "libldmfast_ops.so")
+    copy = tmp_path / "libldmfast_cuda.so"
+    copy.write_bytes((_load.PACKAGE / "libldmfast_ops.so").read_bytes())
+    with pytest.raises(tool.Missing, match=r"libldmfast_cuda.so is linked without libtorch_cuda.so"):
+        tool.check_needs(copy)
+
+
+@needs_build
 def test_repacking_changes_the_python_and_nothing_else(tool, wheel, tmp_path):
     host = tmp_path / "_C.cpython-399-x86_64-linux-gnu.so"
     host.write_bytes(b"another")

@@ -203,6 +203,15 @@ def audit_tools(scratch: Path) -> Path:
     return home / "bin"
 
 
+def check_needs(library: Path) -> None:
+    """torch loads its libraries privately: one whose functions are called must be needed by name, or the first call of a
+    kernel ends the process. Raises Missing."""
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", library)))
+    wanted = {"libtorch_cpu.so", *(["libtorch_cuda.so"] if "cuda" in library.name else [])}
+    if not wanted <= needed:
+        raise Missing(f"{library.name} is linked without {', '.join(sorted(wanted - needed))}")
+
+
 def audited(wheel: Path, tools: Path, out: Path, scratch: Path) -> Path:
     """The wheel under its manylinux tag. Raises Missing where a library needs what torch's stable ABI does not have."""
     env = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
@@ -216,7 +225,9 @@ def audited(wheel: Path, tools: Path, out: Path, scratch: Path) -> Path:
         if bundled:
             raise Missing(f"{named.name} bundles {', '.join(bundled)}")
         for name in libraries:
-            found = run(tools / "torch-abi-audit", "--check", "torch", archive.extract(name, scratch / "extracted"))
+            path = archive.extract(name, scratch / "extracted")
+            check_needs(Path(path))
+            found = run(tools / "torch-abi-audit", "--check", "torch", path)
             oldest = re.search(r"Min torch:\s*(\S+)", found)
             say(f"  {Path(name).name}: stable ABI, torch >= {oldest.group(1) if oldest else 'unknown'}")
     return named
