@@ -97,8 +97,8 @@ class Plan:
         code = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in ARCHS.split())
         flags = f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr {TARGET} -DUSE_CUDA"
         self.rule("nvcc", f"{nvcc} {flags} {self.include} {code}", compiles=True)
-        # needed by name: torch loads libtorch_cuda.so privately, and a library that does not name it cannot see into it.
-        # A CPU build of torch does not ship it: an empty one stands in, which the linker must not drop
+        # torch loads libtorch_cuda.so privately: a library that does not need it by name cannot see into it. A CPU
+        # build of torch does not ship it: an empty one stands in, which the linker must not drop
         self.rule("nvlink", f"{nvcc} -shared -cudart shared -Xlinker --no-as-needed $in {self.libtorch} -o $out")
         self.rule("stub", f"{self.cxx} -shared -Wl,-soname,libtorch_cuda.so -o $out -x c++ {os.devnull}")
         objects = [self.add(f"{s.stem}.cuda.o", "nvcc", [s]) for s in sources]

@@ -204,8 +204,8 @@ def audit_tools(scratch: Path) -> Path:
 
 
 def check_needs(library: Path) -> None:
-    """torch loads its libraries privately: one whose functions are called must be needed by name, or the first call of a
-    kernel ends the process. Raises Missing."""
+    """torch loads its libraries privately: one whose functions are called must be needed by name, or the first call of
+    a kernel ends the process. Raises Missing."""
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", library)))
     wanted = {"libtorch_cpu.so", *(["libtorch_cuda.so"] if "cuda" in library.name else [])}
     if not wanted <= needed:
