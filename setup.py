@@ -98,11 +98,11 @@ class Plan:
         flags = f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr {TARGET} -DUSE_CUDA"
         self.rule("nvcc", f"{nvcc} {flags} {self.include} {code}", compiles=True)
         # torch loads libtorch_cuda.so privately: a library that does not need it by name cannot see into it. A CPU
-        # build of torch does not ship it: an empty one stands in, which the linker must not drop
-        self.rule("nvlink", f"{nvcc} -shared -cudart shared -Xlinker --no-as-needed $in {self.libtorch} -o $out")
+        # build of torch does not ship it: an empty one stands in, which the linker must not drop (nvcc puts files first)
+        self.rule("nvlink", f"{nvcc} -shared -cudart shared -Xlinker --no-as-needed $in $flags -o $out")
         self.rule("stub", f"{self.cxx} -shared -Wl,-soname,libtorch_cuda.so -o $out -x c++ {os.devnull}")
-        objects = [self.add(f"{s.stem}.cuda.o", "nvcc", [s]) for s in sources]
-        self.add(LIBRARIES["cuda"], "nvlink", [*objects, self.add("stub/libtorch_cuda.so", "stub", [])])
+        self.add(LIBRARIES["cuda"], "nvlink", [*(self.add(f"{s.stem}.cuda.o", "nvcc", [s]) for s in sources), "|",
+                 self.add("stub/libtorch_cuda.so", "stub", [])], f"-Lstub -ltorch_cuda {self.libtorch}")
 
 
 def make(part: str, out: Path, name: str, *arguments: str) -> Path:
