@@ -98,7 +98,7 @@ class Plan:
         flags = f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr {TARGET} -DUSE_CUDA"
         self.rule("nvcc", f"{nvcc} {flags} {self.include} {code}", compiles=True)
         # torch loads libtorch_cuda.so privately: a library that does not need it by name cannot see into it. A CPU
-        # build of torch does not ship it: an empty one stands in, which the linker must not drop (nvcc puts files first)
+        # build of torch does not ship it: an empty one stands in, and the flag must come before it, so it is no input
         self.rule("nvlink", f"{nvcc} -shared -cudart shared -Xlinker --no-as-needed $in $flags -o $out")
         self.rule("stub", f"{self.cxx} -shared -Wl,-soname,libtorch_cuda.so -o $out -x c++ {os.devnull}")
         self.add(LIBRARIES["cuda"], "nvlink", [*(self.add(f"{s.stem}.cuda.o", "nvcc", [s]) for s in sources), "|",
