@@ -1,6 +1,5 @@
 """Builds the native parts with ninja. A part that cannot be built is left out with a warning, never an
 error: the package then runs on its references, and ldmfast.info() repeats the reason.
-
 LDMFAST_CUDA=0|1: leave CUDA out, or insist on it (default: built where nvcc is found). LDMFAST_CUDA_ARCHS: default
 "80 90a 100a". LDMFAST_SANITIZE=1: address and undefined-behaviour sanitizers; or the names of levels, these only.
 """
@@ -13,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import warnings
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -29,10 +27,8 @@ SANITIZE = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 V4, DOT = "-march=x86-64-v4 -mprefer-vector-width=512", "-mavx512bf16 -mavx512vnni"
 LEVELS = {  # lowest first: the linker keeps the first copy of a shared inline function (csrc/common/stable.h)
     "x86_64": {
-        "generic": "-march=x86-64",
-        "avx2": "-march=x86-64-v3",
-        "avx512": V4,
-        "avx512_bf16": f"{V4} {DOT}",
+        "generic": "-march=x86-64", "avx2": "-march=x86-64-v3",
+        "avx512": V4, "avx512_bf16": f"{V4} {DOT}",
         "amx": f"{V4} {DOT} -mamx-tile -mamx-bf16 -mamx-int8"},
     "aarch64": {"generic": "", "neon": "-march=armv8.2-a+fp16"}}
 LIBRARIES = {"cpu": "libldmfast_ops.so", "cuda": "libldmfast_cuda.so",
@@ -59,14 +55,13 @@ def package_dir(name: str) -> Path:
 class Plan:
     """The ninja file of one part: one rule a compiler, one statement an object."""
     def __init__(self, part: str) -> None:
-        self.text = [f"builddir = {part}"]
-        self.cxx, torch = tool("CXX", "g++", "c++", "clang++"), package_dir("torch")
+        self.text, torch = [f"builddir = {part}"], package_dir("torch")
+        self.cxx = tool("CXX", "g++", "c++", "clang++")
         self.flags = f"-std=c++17 -fPIC -fvisibility=hidden {WARN} {PLAIN if KIND == 'native' else SANITIZE}"
         self.include = f"-I{ROOT / 'csrc'} -isystem {torch / 'include'}"
         self.libtorch = f"-L{torch / 'lib'} -ltorch -ltorch_cpu -lc10"
         levels = LEVELS.get(platform.machine(), {"generic": ""})
-        wanted = levels if ONLY in ("", "1") else ONLY.split()
-        self.levels = {name: flags for name, flags in levels.items() if name in wanted and self.takes(flags)}
+        self.levels = {n: f for n, f in levels.items() if (ONLY in ("", "1") or n in ONLY.split()) and self.takes(f)}
         self.have = " ".join(f"-DLDMFAST_HAVE_{name.upper()}" for name in self.levels)
         self.rule("cxx", f"{self.cxx} {self.flags} {self.include} $flags", compiles=True)
         self.rule("link", f"{self.cxx} {self.flags} -shared $in $flags -o $out")
@@ -90,10 +85,10 @@ class Plan:
             objects += [self.add(f"{s.stem}.{level}.o", "cxx", [s], flags) for s in sources]
         self.add(LIBRARIES["cpu"], "link", objects, self.libtorch)
 
-    def host(self) -> None:
+    def host(self, name: str = LIBRARIES["host"], headers: str = sysconfig.get_paths()["include"]) -> None:
         flags = f"{self.have} '-DLDMFAST_CUDA_ARCHS=\"{ARCHS}\"' -DLDMFAST_SANITIZED={int(KIND != 'native')}"
-        flags += f" -isystem {package_dir('pybind11') / 'include'} -isystem {sysconfig.get_paths()['include']}"
-        self.add(LIBRARIES["host"], "link", [self.add("module.o", "cxx", [ROOT / "csrc/host/module.cpp"], flags)])
+        flags += f" -isystem {package_dir('pybind11') / 'include'} -isystem {headers}"
+        self.add(name, "link", [self.add(f"{name}.o", "cxx", [ROOT / "csrc/host/module.cpp"], flags)])
 
     def cuda(self) -> None:
         if os.environ.get("LDMFAST_CUDA") == "0":
@@ -102,24 +97,30 @@ class Plan:
         code = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in ARCHS.split())
         flags = f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr {TARGET} -DUSE_CUDA"
         self.rule("nvcc", f"{nvcc} {flags} {self.include} {code}", compiles=True)
-        self.rule("nvlink", f"{nvcc} -shared -cudart shared $in {self.libtorch} -o $out")
-        # a CPU build of torch does not ship libtorch_cuda.so: an empty one stands in for the linker
+        # torch loads libtorch_cuda.so privately: a library that does not need it by name cannot see into it. A CPU
+        # build of torch does not ship it: an empty one stands in, and the flag must come before it, so it is no input
+        self.rule("nvlink", f"{nvcc} -shared -cudart shared -Xlinker --no-as-needed $in $flags -o $out")
         self.rule("stub", f"{self.cxx} -shared -Wl,-soname,libtorch_cuda.so -o $out -x c++ {os.devnull}")
-        objects = [self.add(f"{s.stem}.cuda.o", "nvcc", [s]) for s in sources]
-        self.add(LIBRARIES["cuda"], "nvlink", [*objects, self.add("stub/libtorch_cuda.so", "stub", [])])
+        self.add(LIBRARIES["cuda"], "nvlink", [*(self.add(f"{s.stem}.cuda.o", "nvcc", [s]) for s in sources), "|",
+                 self.add("stub/libtorch_cuda.so", "stub", [])], f"-Lstub -ltorch_cuda {self.libtorch}")
+
+
+def make(part: str, out: Path, name: str, *arguments: str) -> Path:
+    """Runs the plan of one part in the folder ``out``; the file it makes there."""
+    getattr(plan := Plan(part), part)(*arguments)
+    (out / f"{part}.ninja").write_text("\n".join(plan.text) + "\n")
+    command = [sys.executable, "-m", "ninja", "-C", out, "-f", f"{part}.ninja", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise Skip(f"the compiler failed: {done.stdout.strip()[-1500:]}")
+    return out / name
 
 
 def build(part: str, out: Path, package: Path) -> str:
     """Builds one part and puts it into the package. Returns "built", or why it is not there."""
     target = package / LIBRARIES[part]
     try:
-        getattr(plan := Plan(part), part)()
-        (out / f"{part}.ninja").write_text("\n".join(plan.text) + "\n")
-        command = [sys.executable, "-m", "ninja", "-C", out, "-f", f"{part}.ninja", target.name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise Skip(f"the compiler failed: {done.stdout.strip()[-1500:]}")
-        shutil.copy2(out / target.name, package / ".new")
+        shutil.copy2(make(part, out, target.name), package / ".new")
         os.replace(package / ".new", target)  # a running process keeps the old file
         return "built"
     except (Skip, OSError) as error:
@@ -138,13 +139,12 @@ class BuildNative(build_ext):
         record = {part: build(part, out, package) for part in LIBRARIES}
         (package / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
         for part in [p for p in ("cpu", "host") if record[p] != "built"]:
-            warnings.warn(f"ldmfast: no compiled {part} part: {record[part]}", stacklevel=1)
+            self.warn(f"ldmfast: no compiled {part} part: {record[part]}")
 
 
-setup(
-    packages=["ldmfast", *(f"ldmfast.{name}" for name in find_packages("ldmfast")), "ldmfast.kernels"],
-    package_dir={"ldmfast.kernels": "kernels"},
-    package_data={"ldmfast": ["assets/**/*", "_build.json", "py.typed"]},
-    ext_modules=[Extension("ldmfast._C", [], optional=True)],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":  # tools/build_wheels.py imports the above
+    setup(
+        packages=["ldmfast", *(f"ldmfast.{name}" for name in find_packages("ldmfast")), "ldmfast.kernels"],
+        package_dir={"ldmfast.kernels": "kernels"}, ext_modules=[Extension("ldmfast._C", [], optional=True)],
+        package_data={"ldmfast": ["assets/**/*", "_build.json", "py.typed"]}, cmdclass={"build_ext": BuildNative},
+    )

@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,27 @@ def test_compiles_without_spills(source: str) -> None:
     for r in found:
         assert r.spills == 0 and r.stack == 0, r
         assert r.shared <= 48 * 1024, r
+
+
+@needs_nvcc
+@needs_cxx
+def test_the_library_needs_torchs_by_name(tmp_path: Path) -> None:
+    """By setup.py's rules, on an empty unit. The first CUDA library did not need libtorch_cuda.so by name, as linkers
+    drop a stub that gives nothing: its first kernel on a GPU would have ended the process ("undefined symbol")."""
+    spec = importlib.util.spec_from_file_location("ldmfast_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    plan = setup.Plan("cuda")
+    plan.cuda()
+    text, count = re.subn(r"(build libldmfast_cuda.so: nvlink ).*? \|", r"\1empty.o |", "\n".join(plan.text) + "\n")
+    assert count == 1
+    (tmp_path / "cuda.ninja").write_text(text)
+    subprocess.run(["g++", "-c", "-fPIC", "-x", "c++", "/dev/null", "-o", str(tmp_path / "empty.o")], check=True)
+    subprocess.run([sys.executable, "-m", "ninja", "-C", str(tmp_path), "-f", "cuda.ninja", "libldmfast_cuda.so"],
+                   check=True, capture_output=True)
+    needed = subprocess.run(["readelf", "-d", str(tmp_path / "libldmfast_cuda.so")], text=True, capture_output=True,
+                            check=True).stdout
+    assert "[libtorch_cuda.so]" in needed and "[libtorch_cpu.so]" in needed
 
 
 def test_committed_table_covers_every_kernel_without_spills() -> None:

@@ -50,6 +50,11 @@ class UNetState:
             times = self.times[index, own if self.times.shape[1] > 1 else own * 0]
         return Step(times.split(self.widths, dim=1), self.prompts, self.prompt_bias, self_bias)
 
+    def step_at(self, row: Tensor, pictures: int) -> Step:
+        """The part for one evaluation at a row of ``times`` that only the device knows. row: int64 (1,)."""
+        times = self.times.index_select(0, row)[0].expand(pictures, -1)
+        return Step(times.split(self.widths, dim=1), self.prompts, self.prompt_bias, None)
+
     def _row(self, timestep: float) -> int:
         if timestep not in self.rows:
             raise LdmfastError(f"timestep {timestep} was not prepared; call prepare() with it "

@@ -22,6 +22,7 @@ from ..errors import LdmfastError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx", "neon")
+WHEELS = ("cu126", "cu128", "cu129", "cu130", "cu132")  # what .github/workflows/wheels.yml makes, beside "cpu"
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,49 @@ def load_cpu() -> Library:
     return _load("libldmfast_ops.so", "cpu")
 
 
+def _fitting_wheel(cuda: str | None) -> str:
+    """The wheel for a torch with this CUDA: of the same major version the newest not above it, else the oldest; "" if
+    there is none."""
+    if cuda is None:
+        return "cpu"
+    major, minor = (int(n) for n in cuda.split(".")[:2])
+    same = sorted((int(tag[4:]), tag) for tag in WHEELS if int(tag[2:4]) == major)
+    below = [tag for number, tag in same if number <= minor]
+    return below[-1] if below else same[0][1] if same else ""
+
+
+def wheel_mismatch(wheel: str, version: str, torch_version: str, cuda: str | None, gpus: int) -> str:
+    """What to tell about a wheel that does not fit the installed torch: expected, found, and the command that helps; ""
+    where it fits (any CUDA of the same major version does).
+
+    wheel: its tag, "cpu" or "cu130"; "" for a build from source, which is not judged. version: of ldmfast. cuda: of
+    torch, "13.0" or None. gpus: how many torch sees; without any, a CPU wheel fits every torch.
+    """
+    if not wheel or (wheel == "cpu" and not (cuda and gpus)):
+        return ""
+    if wheel != "cpu" and cuda is not None and wheel[2:4] == cuda.split(".")[0]:
+        return ""
+    wanted = "a torch without CUDA, or no GPU" if wheel == "cpu" else f"a torch with CUDA {wheel[2:4]}"
+    found = f"torch {torch_version} " + (f"with CUDA {cuda}" if cuda else "without CUDA")
+    found += f" and {gpus} GPU{'s' * (gpus != 1)}" if gpus else ""
+    fitting = _fitting_wheel(cuda)
+    command = (f"pip install --force-reinstall --no-deps 'ldmfast=={version}+{fitting}'" if fitting else
+               f"pip install --force-reinstall --no-deps --no-binary ldmfast 'ldmfast=={version}'")
+    return (f"this is the wheel {version}+{wheel}, which expects {wanted}; found {found}. Its CUDA kernels do not run; "
+            f"to fix it: {command}")
+
+
 def load_cuda() -> Library:
     """CUDA code sits in its own library, so that a CPU build of torch never looks for libcudart."""
-    path = PACKAGE / "libldmfast_cuda.so"
-    if torch.version.cuda is None:
+    from .. import __version__
+
+    path, wheel, cuda = PACKAGE / "libldmfast_cuda.so", str(build_record().get("wheel", "")), torch.version.cuda
+    gpus = torch.cuda.device_count() if wheel and cuda is not None else 0
+    wrong = wheel_mismatch(wheel, __version__, torch.__version__, cuda, gpus)
+    if wrong:
+        warnings.warn(f"ldmfast: {wrong}", RuntimeWarning, stacklevel=3)
+        return Library(path, False, wrong)
+    if cuda is None:
         return Library(path, False, "this torch has no CUDA")
     return _load(path.name, "cuda")
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import PrecisionError
 from .lora import Cast
+
+Network = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,21 +79,30 @@ class Denoiser:
         self.guidance_scale = guidance_scale
         self.guidance_rescale = guidance_rescale
         self.extra = extra
+        self.unet = casts[0].unet
+        self.casts = len(casts)
+        device = next(self.unet.parameters()).device
         groups = [(c.unet, rows) for c in casts for rows in ([[i] for i in c.pictures] if one_by_one else [c.pictures])]
         order = [i for _, rows in groups for i in rows]
-        self.back = None if order == sorted(order) else torch.tensor(order).argsort()
+        self.back = None if order == sorted(order) else torch.tensor(order).argsort().to(device)
+        self.unets = [unet for unet, _ in groups]
+        self.groups = [_index(rows, device) for _, rows in groups]
         distinct = list(dict.fromkeys(float(t) for t in times))
-        self.groups = [(unet, rows, unet.prepare(distinct, **_stack([b.rows(rows) for b in branches])))
-                       for unet, rows in groups]
+        self.states = [unet.prepare(distinct, **_stack([b.rows(rows) for b in branches])) for unet, rows in groups]
 
     def __call__(self, x: torch.Tensor, t: float, stage: int) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        if self.extra is not None:
-            x = torch.cat([x, self.extra.to(x.dtype)], dim=1)
+        return self.predict(x, self.extra, [partial(u, timestep=t, state=s) for u, s in zip(self.unets, self.states)])
+
+    def predict(self, x: torch.Tensor, extra: torch.Tensor | None, networks: Sequence[Network]
+                ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """networks: the UNet of each group of pictures, its time and conditions filled in."""
+        if extra is not None:
+            x = torch.cat([x, extra.to(x.dtype)], dim=1)
         x = x.to(self.dtype)
         parts: list[tuple[torch.Tensor, ...]] = []
-        for unet, rows, state in self.groups:
-            own = x if len(self.groups) == 1 else x[rows]
-            parts.append(unet(torch.cat([own] * self.branches), t, state=state).chunk(self.branches))
+        for group, network in zip(self.groups, networks):
+            rows = torch.cat([x[group]] * self.branches)
+            parts.append(network(rows).chunk(self.branches))
         outs = tuple(p[0] if len(parts) == 1 else torch.cat(p) for p in zip(*parts))
         if self.back is not None:
             outs = tuple(out[self.back] for out in outs)
@@ -99,6 +111,12 @@ class Denoiser:
         if self.guidance_rescale > 0:
             return rescaled_guidance(outs[0], outs[1], self.guidance_scale, self.guidance_rescale)
         return outs
+
+
+def _index(rows: list[int], device: torch.device) -> slice | torch.Tensor:
+    """What picks these rows of a tensor without a copy from the host."""
+    first, last = rows[0], rows[-1] + 1
+    return slice(first, last) if rows == list(range(first, last)) else torch.tensor(rows, device=device)
 
 
 def rescaled_guidance(uncond: torch.Tensor, cond: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:

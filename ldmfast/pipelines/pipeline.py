@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,10 +19,23 @@ from .output import PipelineOutput
 from .request import Request
 from .run import run
 
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+
+def _engine(device: torch.device) -> Engine | None:
+    if device.type != "cuda":
+        return None
+    from ..engine import CudaGraphs, Engine
+
+    return Engine(CudaGraphs(device))
+
 
 class Pipeline(LoraMethods):
     """A loaded model. Calls share its read-only weights and keep their state to themselves: any number of threads
     may call one pipeline, and each gets what it would get alone.
+
+    On a GPU ``engine`` (:mod:`ldmfast.engine`) runs steps and decodes as CUDA graphs; set it to None to run eagerly.
 
     Build one with :meth:`from_pretrained`, :meth:`from_single_file` or :meth:`tiny`.
     """
@@ -34,6 +47,7 @@ class Pipeline(LoraMethods):
         self.source = source
         self.vae_tiling = False
         self._changing = threading.Lock()  # of ``loaded``, which is replaced as a whole
+        self.engine: Engine | None = _engine(device)
 
     @classmethod
     def from_pretrained(

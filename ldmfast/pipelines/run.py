@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -206,12 +207,20 @@ def _sample(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tenso
                 latents = _user_callback(request, call, step, t, latents)
             return latents
 
-        def unless_cancelled(x_in: torch.Tensor, t: float, stage: int) -> Any:
+        def stop_if_cancelled() -> None:
             if call.interrupt:
                 raise StopSampling
+
+        def unless_cancelled(x_in: torch.Tensor, t: float, stage: int) -> Any:
+            stop_if_cancelled()
             return denoiser(x_in, t, stage)
 
-        out = sample(unless_cancelled, x, table=request.table, generator=request.random.argument, callback=on_step)
+        table, generator, out = request.table, request.random.argument, None
+        if pipe.engine is not None:
+            out = pipe.engine.sample(denoiser, x, table=table, generator=generator, callback=on_step,
+                                     before_stage=stop_if_cancelled)
+        if out is None:
+            out = sample(unless_cancelled, x, table=table, generator=generator, callback=on_step)
     return out, call.interrupt
 
 
@@ -275,14 +284,20 @@ def decode(pipe: Pipeline, latents: torch.Tensor) -> torch.Tensor:
     vae = pipe.vae
     dtype = next(vae.parameters()).dtype
     z = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-    rows = [vae.decode(row.to(dtype), tile=_tile(pipe)).float() for row in z.split(1)]
-    pixels = torch.cat(rows)
+    pixels = torch.cat([_decode_one(pipe, row.to(dtype)).float() for row in z.split(1)])
     if not bool(torch.isfinite(pixels).all()):
         with NanFinder(vae) as finder:
             for row in z.split(1):
                 vae.decode(row.to(dtype), tile=_tile(pipe))
         raise not_finite("in the VAE's decoder", finder.found, pipe.precision)
     return pixels
+
+
+def _decode_one(pipe: Pipeline, z: torch.Tensor) -> torch.Tensor:
+    tile = _tile(pipe)
+    decode = partial(pipe.vae.decode, tile=tile)
+    pixels = None if pipe.engine is None else pipe.engine.call(pipe.vae, ("decode", tile), decode, z)
+    return decode(z) if pixels is None else pixels
 
 
 def digest(image: Any) -> str | None:

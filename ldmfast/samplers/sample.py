@@ -129,7 +129,7 @@ def sample(denoise: Denoiser, x: Tensor, schedule: Schedule | None = None, solve
     DeviceError (a generator that is not on the CPU).
     """
     table = _resolve(table, schedule, solver, steps, guidance, options)
-    draw = noise_fn or _noise_source(generator, x)
+    draw = noise_fn or noise_source(generator, x)
     plan = compile_table(table)
     coefficients = plan.coefficients.to(x.device)
     names = len(table.predictions)
@@ -208,12 +208,13 @@ def _advance(coefficients: Tensor, stage: _Stage, state: list[Any]) -> None:
         state[slot] = value.to(dtype) if slot == 0 else value
 
 
-def _noise_source(generator: Generators, x: Tensor) -> NoiseFunction:
-    """noise(stage, like) in fp32 from CPU generators; one a picture where a list is given."""
+def noise_source(generator: Generators, x: Tensor) -> NoiseFunction:
+    """noise(stage, like) in fp32 from CPU generators; one a picture where a list is given. Goes to a GPU from pinned
+    memory, so that drawing it does not wait for what the GPU still has to do."""
     if not isinstance(generator, (list, tuple)):
         single: Any = generator
         _check_generator(single)
-        return lambda stage, like: torch.randn(like.shape, generator=single).to(like.device, like.dtype)
+        return lambda stage, like: _to(torch.randn(like.shape, generator=single), like)
     generators = list(generator)
     if len(generators) != x.shape[0]:
         raise ShapeError(f"sample: {len(generators)} generators for {x.shape[0]} pictures; give one for each")
@@ -223,9 +224,14 @@ def _noise_source(generator: Generators, x: Tensor) -> NoiseFunction:
     def draw(stage: int, like: Tensor) -> Tensor:
         shape = (1, *like.shape[1:])
         noise = [torch.randn(shape, generator=g) for g in generators]
-        return (torch.cat(noise) if noise else torch.empty(like.shape)).to(like.device, like.dtype)
+        return _to(torch.cat(noise) if noise else torch.empty(like.shape), like)
 
     return draw
+
+
+def _to(noise: Tensor, like: Tensor) -> Tensor:
+    noise = noise.pin_memory() if like.is_cuda else noise
+    return noise.to(like.device, like.dtype, non_blocking=True)
 
 
 def _check_generator(generator: Any) -> None:

@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can tell, in the order of its worth. Has never run on a GPU.
+#
+#   bash bench/gpu.sh prepare            # where there is a network: wheels into build/gpu (the library, diffusers)
+#   bash bench/gpu.sh STAGE...           # on the GPU machine, from the repository's root, build/gpu carried along
+#   bash bench/gpu.sh --dry-run STAGE... # on a CPU, small shapes: runs every script once
+#
+# The GPU machine needs Python 3.12 with torch >= 2.10 (CUDA 13) and Triton, no network, no compiler. Stages, each within
+# LIMIT seconds; one that fails or is stopped leaves what it has written, and the next one runs:
+#   check     facts of the machine; every op against its reference; the engine against eager
+#   sdxl      SDXL 1024, 30 steps, 1 picture: graphs, eager, diffusers eager
+#   sd15      SD 1.5 512, 50 steps, 1 picture: the same
+#   ops       every op's time, against torch's way and the measured roofline
+#   profile   one step of both networks by kernel and by op
+#   batches   throughput: SDXL and SD 1.5 in larger batches
+#   compiled  torch.compile (max-autotune) against ours: SD 1.5, then SDXL (autotuning takes minutes)
+#   sanitize  compute-sanitizer's memcheck and racecheck over the CUDA kernels
+#   all       all of them; more than one command's time
+# Results: bench/results/h200, one JSON a stage and case, with commit and versions, and a log a stage; where OUT names a
+# folder, all of it is packed into $OUT/results.tar.gz after every stage.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+LIMIT=${LIMIT:-540}
+PYTHON=${PYTHON:-python3}
+WHEELS=build/gpu
+SITE=${TMPDIR:-/tmp}/ldmfast-site
+RESULTS=bench/results/h200
+STAGES="check sdxl sd15 ops profile batches compiled sanitize"
+DRY=
+
+prepare() {
+    rm -rf "$WHEELS"
+    "$PYTHON" tools/build_wheels.py --cuda 13.0 --python 3.12 --out "$WHEELS" || exit 1
+    "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d "$WHEELS" \
+        diffusers==0.42.1 importlib_metadata || exit 1
+    git describe --always --dirty=-changed > "$WHEELS/commit"
+    du -sh "$WHEELS"
+}
+
+# The carried packages go before the machine's own; the checkout must not hide the wheel's library, so that only its
+# tests and benchmarks are used.
+install() {
+    [ -n "$DRY" ] && return
+    if [ ! -e "$SITE/ldmfast/libldmfast_cuda.so" ]; then
+        "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$SITE" "$WHEELS"/*.whl || exit 1
+    fi
+    export PYTHONPATH="$SITE"
+    LDMFAST_COMMIT=$(cat "$WHEELS/commit")
+    export LDMFAST_COMMIT
+}
+
+run() {  # name, command...: bounded, logged, never fatal
+    local name=$1 status
+    shift
+    echo "== $name: $*"
+    PYTHONUNBUFFERED=1 timeout --kill-after=20 "$LIMIT" "$@" > "$RESULTS/$name.log" 2>&1
+    status=$?
+    tail -n 30 "$RESULTS/$name.log"
+    echo "== $name: exit status $status after ${SECONDS}s"
+    [ "$status" = 0 ] || FAILED="$FAILED $name"
+}
+
+bench() {  # name, script, arguments...
+    local name=$1 script=$2
+    shift 2
+    run "$name" "$PYTHON" "bench/$script.py" "$@" --out "$RESULTS"
+}
+
+stage() {
+    local large=sdxl small=sd15 steps=30 more=50 rounds=5 device=cuda many=("4" "8" "16")
+    local check=() ops=() command
+    if [ -n "$DRY" ]; then
+        large=small small=small steps=2 more=3 rounds=1 device=cpu many=(2)
+        check=(--op lincomb upsample2x) ops=(--op lincomb --case sd15_dpmpp)
+    fi
+    case $1 in
+        check)
+            run facts "$PYTHON" -P -c 'import ldmfast, sys; print(sys.version, ldmfast.__file__, ldmfast.info(), sep="\n")'
+            bench check gpu_check --device $device "${check[@]}" ;;
+        sdxl) bench sdxl gpu_e2e --device $device --model $large --steps $steps --rounds $rounds \
+                  --arms ours "ours eager" eager ;;
+        sd15) bench sd15 gpu_e2e --device $device --model $small --steps $more --rounds $rounds \
+                  --arms ours "ours eager" eager ;;
+        ops) bench ops ops --device $device --dtype bfloat16 float16 "${ops[@]}" ;;
+        profile)
+            bench profile-large step_profile --device $device --model $large
+            bench profile-small step_profile --device $device --model $small ;;
+        batches)
+            bench sdxl-batches gpu_e2e --device $device --model $large --steps 20 --rounds 2 --batch "${many[@]}"
+            bench sd15-batches gpu_e2e --device $device --model $small --steps 20 --rounds 2 --batch "${many[@]}" ;;
+        compiled)
+            export TORCHINDUCTOR_CACHE_DIR="${TMPDIR:-/tmp}/inductor"  # a second try goes on from here
+            bench sd15-compiled gpu_e2e --device $device --model $small --steps $more --rounds $rounds --arms ours compiled
+            bench sdxl-compiled gpu_e2e --device $device --model $large --steps $steps --rounds $rounds \
+                --arms ours compiled ;;
+        sanitize)
+            for tool in memcheck racecheck; do
+                for op in group_norm_silu lincomb; do
+                    command=("$PYTHON" bench/gpu_check.py --parts ops --op "$op" --dtype bfloat16 --device "$device"
+                             --out "$RESULTS/$tool-$op")
+                    [ -n "$DRY" ] || command=(compute-sanitizer --tool "$tool" --error-exitcode 3 "${command[@]}")
+                    run "$tool-$op" "${command[@]}"
+                done
+            done ;;
+        *) echo "unknown stage $1: prepare, all, $STAGES" && exit 2 ;;
+    esac
+}
+
+FAILED=
+[ "${1:-}" = --dry-run ] && DRY=1 && shift
+[ $# -gt 0 ] || { sed -n '2,/^set -u/p' "$0" | sed '$d'; exit 2; }
+[ "$1" = prepare ] && { prepare; exit; }
+[ "$1" = all ] && { read -ra words <<< "$STAGES"; set -- "${words[@]}"; }
+[ -n "$DRY" ] && RESULTS=${OUT:-build/dry-run}
+mkdir -p "$RESULTS"
+install
+for name; do
+    stage "$name"
+    [ -z "${OUT:-}" ] || [ -n "$DRY" ] || tar czf "$OUT/results.tar.gz" -C "$RESULTS" .
+done
+[ -z "$FAILED" ] || { echo "failed or stopped:$FAILED"; exit 1; }

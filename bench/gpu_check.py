@@ -1,0 +1,95 @@
+"""Every op on the GPU against its float64 reference, by the bound of tests/parity.py; then the engine against eager.
+
+    python bench/gpu_check.py --out FOLDER                 # gpu-check.json, and exit status 1 if anything is wrong
+    python bench/gpu_check.py --device cpu --parts engine  # the CPU stand-in of the engine
+
+The arguments are drawn and judged on the CPU, the op runs on the device. Ops that only a CPU uses are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from ops import conditions, result_path, to_device
+from torch import Tensor
+
+import ldmfast
+from ldmfast.engine import CudaGraphs, Engine, Graphs, RecordedGraphs
+from ldmfast.ops import ROWS
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import parity
+
+
+def back(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else tuple(v.cpu() for v in value)
+
+
+def check_ops(device: str, dtypes: tuple[torch.dtype, ...], only: list[str] | None, tell: Callable[[str], None]
+              ) -> list[dict[str, Any]]:
+    rows = []
+    for name, row in sorted(ROWS.items()):
+        if row.cpu_only or (only and name not in only):
+            continue
+        for dtype in dtypes:
+            for case in parity.small_cases(row):
+                def run(*args: Any, row: Any = row) -> Any:
+                    return back(row.overload(*to_device(args, device)))
+                try:
+                    wrong = parity.failure(row, case, dtype, run=run)
+                except Exception as error:  # one kernel that does not start must not hide the others
+                    wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                rows.append({"op": name, "case": case.name, "dtype": str(dtype)[6:], "backend": row.live(device),
+                             "wrong": wrong})
+                if wrong:
+                    tell(f"WRONG {name} {case.name} {dtype}: {wrong}")
+    return rows
+
+
+def check_engine(device: str) -> dict[str, Any]:
+    """The shipped model through graphs and eagerly: the largest difference of pixels, over solvers and sizes. On a GPU
+    the kernels are the same, so it should be 0."""
+    pipe = ldmfast.Pipeline.tiny(device=device, precision="bf16" if device == "cuda" else "exact")
+    graphs: Graphs = CudaGraphs(pipe.device) if device == "cuda" else RecordedGraphs()
+    engine, worst = Engine(graphs), 0.0
+    for solver, size in (("dpmpp_2m", 64), ("euler_a", 96), ("dpmpp_2m", 64)):
+        call = {"solver": solver, "height": size, "width": size, "num_inference_steps": 4, "generator": 3,
+                "output_type": "pt", "progress": False}
+        pictures = []
+        for used in (None, engine):
+            pipe.engine = used
+            pictures.append(pipe("a red circle above a blue square", **call).images.float().cpu())
+        worst = max(worst, float((pictures[0] - pictures[1]).abs().max()))
+    return {"largest_difference": worst, "graphs": len(engine)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--op", nargs="*", help="only these ops")
+    parser.add_argument("--dtype", nargs="*", default=["bfloat16", "float16", "float32"])
+    parser.add_argument("--parts", nargs="*", default=["ops", "engine"], choices=["ops", "engine"])
+    parser.add_argument("--out", type=Path, default=None, help="folder (default: bench/results/<device>)")
+    options = parser.parse_args()
+    record: dict[str, Any] = {**conditions(options.device), "ops": []}
+    path = (options.out or result_path(record["device"], "").parent) / "gpu-check.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "ops" in options.parts:
+        dtypes = tuple(getattr(torch, d) for d in options.dtype)
+        record["ops"] = check_ops(options.device, dtypes, options.op, lambda text: print(text, flush=True))
+        path.write_text(json.dumps(record, indent=1) + "\n")  # before the engine, which may take the process down
+    engine = check_engine(options.device) if "engine" in options.parts else None
+    path.write_text(json.dumps({**record, "engine": engine}, indent=1) + "\n")
+    wrong = [r for r in record["ops"] if r["wrong"]]
+    print(f"{len(record['ops'])} calls of ops checked, {len(wrong)} wrong; engine: {engine or 'not asked for'}")
+    return int(bool(wrong) or (engine is not None and (engine["largest_difference"] > 0 or engine["graphs"] == 0)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

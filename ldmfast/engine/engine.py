@@ -1,0 +1,175 @@
+"""Which recorded work is kept, which call gets it, and when a call runs eagerly instead."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LdmfastError
+from ..samplers.sample import Generators, StepCallback, noise_source
+from ..samplers.step_table import StepTable
+from .graphs import CaptureError, Graphs
+from .loop import Loop, key
+from .watch import Watch
+
+if TYPE_CHECKING:
+    from ..pipelines.denoiser import Denoiser
+
+
+class Function:
+    """A recorded function of one tensor, with fixed input and output."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, graphs: Graphs) -> None:
+        self.function, self.input, self.output = function, x.clone(), torch.empty(0)
+        self.replay = graphs.capture(self._body)
+
+    def _body(self) -> None:
+        y = self.function(self.input)
+        if self.output.shape != y.shape:  # only when it runs before the capture
+            self.output = torch.empty_like(y)
+        self.output.copy_(y)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.input.copy_(x)
+        self.replay()
+        return self.output.clone()
+
+
+@dataclass
+class _Entry:
+    """work: what was recorded, or why it could not be."""
+
+    module: nn.Module
+    work: Loop | Function | str
+
+
+class Engine:
+    """Recorded loops and decoders of one pipeline, the least recently used of more than ``limit`` let go.
+
+    A call takes the engine for itself from its first stage to its last, because the buffers are the engine's; calls of
+    several threads come one after another. What cannot be recorded runs eagerly: the methods return None, having
+    changed and drawn nothing, and a RuntimeWarning names the reason, once.
+    """
+
+    def __init__(self, graphs: Graphs, limit: int = 8) -> None:
+        self.graphs, self.limit = graphs, limit
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._watches: dict[int, Watch] = {}
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._told: set[str] = set()
+
+    def __len__(self) -> int:
+        """Graphs kept."""
+        return sum(not isinstance(e.work, str) for e in self._entries.values())
+
+    def sample(self, denoiser: Denoiser, x: Tensor, *, table: StepTable, generator: Generators = None,
+               callback: StepCallback | None = None, before_stage: Callable[[], None] | None = None) -> Tensor | None:
+        """``samplers.sample`` of that denoiser, or None where it must run eagerly. before_stage may raise StopSampling.
+        The callback gets a copy of x, and what it writes there counts if it returns it."""
+        reason = _refusal(denoiser, table)
+        if reason:
+            self._tell(reason)
+            return None
+
+        def run(work: Loop) -> Tensor:
+            work.load(denoiser, x, table)
+            return work.run(table, noise_source(generator, x), callback, before_stage)
+
+        return self._run(denoiser.unet, ("loop", key(denoiser, x, table)),
+                         lambda: Loop(denoiser, x, table, self.graphs), run)
+
+    def call(self, module: nn.Module, name: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+        """function(x), which is a method of ``module`` and depends on nothing but x and ``name``; or None."""
+        return self._run(module, (name, tuple(x.shape), x.dtype), lambda: Function(function, x, self.graphs),
+                         lambda work: work(x))
+
+    def _run(self, module: nn.Module, key: Hashable, record: Callable[[], Any], run: Callable[[Any], Tensor]
+             ) -> Tensor | None:
+        with self._alone() as free:
+            if not free:
+                self._tell("a callback called the pipeline while its own call was running")
+                return None
+            with torch.inference_mode(), self.graphs.order():
+                work = self._work(module, (key, id(module)), record)
+                if isinstance(work, str):
+                    self._tell(work)
+                    return None
+                out = run(work)
+        if out.is_cuda:  # allocated in the engine's order, used and let go in the caller's
+            out.record_stream(torch.cuda.current_stream(out.device))
+        return out
+
+    def clear(self) -> None:
+        """Lets every graph go, and its memory. Raises LdmfastError in a callback of a call that uses one."""
+        with self._alone() as free:
+            if not free:
+                raise LdmfastError("engine.clear(): a call of this thread is using its graph; clear it after the call")
+            self._forget(list(self._entries))
+
+    def _work(self, module: nn.Module, key: Hashable, record: Callable[[], Any]) -> Loop | Function | str:
+        watch = self._watches.get(id(module))
+        if watch is not None and watch.moved():
+            self._forget([k for k, e in self._entries.items() if e.module is module])
+            watch = None
+        if watch is None:
+            watch = self._watches[id(module)] = Watch(module)
+        if watch.hooked():
+            return "forward hooks are registered, which a replay would not call"
+        if key not in self._entries:
+            self._forget(list(self._entries)[: max(0, len(self._entries) + 1 - self.limit)])
+            self._entries[key] = _Entry(module, self._record(record))
+        self._entries.move_to_end(key)
+        return self._entries[key].work
+
+    def _record(self, record: Callable[[], Any]) -> Any:
+        try:
+            return record()
+        except CaptureError as error:
+            return f"it cannot be captured ({error})"
+        except torch.OutOfMemoryError:
+            self._forget(list(self._entries))
+            return "the memory does not hold its graph"
+
+    def _forget(self, keys: list[Hashable]) -> None:
+        if keys:
+            self.graphs.drain()
+        for k in keys:
+            del self._entries[k]
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Waits for other threads' calls. False in a thread whose own call is running."""
+        me = threading.get_ident()
+        if self._owner == me:
+            yield False
+            return
+        with self._lock:
+            self._owner = me
+            try:
+                yield True
+            finally:
+                self._owner = None
+
+    def _tell(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(f"ldmfast: runs eagerly, without CUDA graphs: {reason}", RuntimeWarning, stacklevel=2)
+
+
+def _refusal(denoiser: Denoiser, table: StepTable) -> str:
+    if table.clip is not None:
+        return f"{table.solver} clips the predicted picture, which is not linear"
+    if denoiser.casts > 1:
+        return "the pictures of the batch have different adapters"
+    if denoiser.unet.plan is not None:
+        return "the network changes with the timestep (int8 plan of several ranges)"
+    return ""
