@@ -64,7 +64,7 @@ def _packs_own(weight: Tensor) -> bool:
 def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weight (out, ...) -> int8 values and one fp32 scale for each output, symmetric: value * scale."""
     values, scale = ops.quantize_rowwise(weight.detach().flatten(1))
-    return values.view(weight.shape), scale.flatten()
+    return values.view(weight.shape), scale
 
 
 def _sums(values: Tensor) -> Tensor:
