@@ -102,7 +102,7 @@ def catch(launch: Callable[[], Any]) -> list[Launch]:
     caught = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in kwargs}
         bound = self.signature.bind(*args, **kwargs)
         caught.append(Launch(self, dict(bound.arguments), options))
 
@@ -115,7 +115,7 @@ def catch(launch: Callable[[], Any]) -> list[Launch]:
 
 
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-            torch.int64: "*i64"}
+            torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8"}
 
 
 def _specialise(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
@@ -201,6 +201,11 @@ def triton_calls() -> Iterator[tuple[str, str, tuple]]:
     yield "layer_norm_modulate", "c1280", (meta(2, 256, 1280), None, None, c[1], c[1], 1e-5)
     yield "layer_norm_modulate", "c1152 modulated", (meta(2, 256, 1152), meta(2, 1152), meta(2, 1152), None, None, 1e-6)
     yield "geglu", "c1280", (meta(2, 4096, 2560),)
+    yield "geglu_tanh", "c10240", (meta(1, 512, 20480),)
+    yield "swiglu", "c3072", (meta(1, 256, 6144),)
+    yield "philox_normal", "sdxl", (meta(1, 2, dtype=torch.int64), 4 * 128 * 128, 132 * 2048)
+    yield "quantize_rowwise", "int8 c3072", (meta(1, 4608, 3072), False)
+    yield "quantize_rowwise", "fp8 c12288", (meta(1, 4608, 12288), True)
     yield "rms_norm", "c4096", (meta(1, 512, 4096), meta(4096), 1e-6)
     yield "rms_norm", "c10240", (meta(1, 512, 10240), None, 1e-6)
     yield "gate_residual", "c3072", (meta(1, 1024, 3072), meta(1, 1024, 3072), meta(1, 3072))

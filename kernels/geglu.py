@@ -2,55 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ._common import accumulator, power_of_two, rows
-
-
-@dataclass(frozen=True)
-class Config:
-    block_rows: int
-    block_columns: int
-    num_warps: int
-
-
-def heuristic(columns: int) -> Config:
-    block = min(power_of_two(columns), 1024)  # 4 warps x 8 elements of 16 bits: one 16-byte load a thread and half
-    return Config(max(1, 1024 // block), block, 4)  # narrow rows share a program, or most lanes would idle
-
-
-@triton.jit
-def kernel(x, out, num_rows, columns, stride, tiles, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-           ACC: tl.constexpr):
-    """x: (num_rows, 2 * columns), rows stride apart. out: (num_rows, columns), dense."""
-    pid = tl.program_id(0)
-    row = (pid // tiles).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = (pid % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (row < num_rows)[:, None] & (column < columns)[None, :]
-    source = x + row[:, None] * stride + column[None, :]
-    value = tl.load(source, mask, other=0).to(ACC)
-    gate = tl.load(source + columns, mask, other=0).to(ACC)
-    result = value * (0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)))
-    tl.store(out + row[:, None] * columns + column[None, :], result.to(out.dtype.element_ty), mask)
+from ._gated import Config, gated
 
 
 def launch(x: Tensor, *, config: Config | None = None) -> Tensor:
     """x: (..., 2 D) floating -> (..., D), contiguous."""
-    columns = x.shape[-1] // 2
-    out = x.new_empty((*x.shape[:-1], columns))
-    if out.numel() == 0:
-        return out
-    x, stride = rows(x)
-    num_rows = out.numel() // columns
-    config = config or heuristic(columns)
-    tiles = triton.cdiv(columns, config.block_columns)
-    grid = (triton.cdiv(num_rows, config.block_rows) * tiles,)
-    with torch.cuda.device_of(x):
-        kernel[grid](x, out, num_rows, columns, stride, tiles, BLOCK_R=config.block_rows,
-                     BLOCK_C=config.block_columns, ACC=accumulator(x), num_warps=config.num_warps)
-    return out
+    return gated(x, "gelu", config)

@@ -7,6 +7,7 @@ reference, so torch's fp32 error is scaled by the ratio of the two dtypes' round
 
 A row <op>_q8 gives codes of what row <op> gives: with y that result in float64 and e the error that <op> may have, the
 ends of its range may be off by e, so scale by 2 e / 255; and a decoded code may be off by e and half a step of scale.
+Codes with a scale a row have to decode to within half a step of what they were made from.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ldmfast import ops
 from ldmfast.ops._op import Case, Op
-from ldmfast.ops._q8 import RESULT
+from ldmfast.ops._q8 import RESULT, ROW_RESULT
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -65,9 +66,8 @@ def failure(row: Op, case: Case, dtype: torch.dtype, run: Any = None) -> str:
     if row.schema.endswith(RESULT):
         wrong = [text for one, expected in zip(out, row.fake(*args)) if (text := wrong_memory(one, expected))]
         return "; ".join(wrong) or wrong_codes(row, args, dtype, *out)
-    if row.name == "quantize_rowwise":
-        wrong = [text for one, expected in zip(out, row.fake(*args)) if (text := wrong_memory(one, expected))]
-        return "; ".join(wrong) or wrong_rows(args[0].double(), *out)
+    if row.schema.endswith(ROW_RESULT):
+        return wrong_row_codes(row, args, *out)
     if wrong := wrong_memory(out, row.fake(*args)):
         return wrong
     if row.name == "pack_weight":  # moves numbers only; their order depends on the dtype
@@ -116,15 +116,25 @@ def wrong_codes(row: Op, args: Any, dtype: torch.dtype, q: Tensor, scale: Tensor
     return "" if off <= limit else f"decoded codes off by {off:.3g}, allowed {limit:.3g}"
 
 
-def wrong_rows(x: Tensor, q: Tensor, scale: Tensor) -> str:
-    """int8 rows of x: each scale to a rounding of max |x| / 127, each number to half a step."""
+def wrong_row_codes(row: Op, args: Any, q: Tensor, scale: Tensor) -> str:
+    """int8 or e4m3 codes of rows, scale = max|x| / 127 or 448; a row that is not finite has scale NaN and codes 0."""
+    for one, expected in zip((q, scale), row.fake(*args)):
+        if wrong := wrong_memory(one, expected):
+            return wrong
+    x, codes = args[0].double(), q.double()
+    top = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(scale.shape)
+    ideal = torch.where(top == 0, 1.0, top / (127 if q.dtype == torch.int8 else 448))
+    finite = torch.isfinite(ideal)
+    if not torch.equal(torch.isfinite(scale), finite) or codes[~finite.expand(x.shape)].any():
+        return "a row that is not finite needs scale NaN and codes 0"
     single = torch.finfo(torch.float32)
-    most = x.abs().amax(1) if x.shape[1] else x.new_zeros(len(x))
-    ideal = torch.where(most == 0, 1.0, (most / 127).clamp(min=single.tiny))
-    if bool(((scale.double() - ideal).abs() > 2 * single.eps * ideal).any()):
-        return f"scales {scale.tolist()}, ideally {ideal.tolist()}"
-    off = (q.double() * scale.double()[:, None] - x).abs() - scale.double()[:, None] * 0.5 * (1 + 2**-16)
-    return f"decoded numbers off by {float(off.max()):.3g} more than half a step" if bool((off > 0).any()) else ""
+    if ((scale - ideal).abs() > 2 * single.eps * ideal + single.tiny)[finite].any():
+        return "a scale is not the largest magnitude over the largest code"
+    step = torch.ones_like(x)
+    if q.dtype != torch.int8:  # three bits of fraction, below 2^-6 those of 2^-6
+        step = torch.exp2(torch.floor(torch.log2(codes.abs().clamp(min=2.0**-6))) - 3)
+    off = ((codes * scale.double() - x).abs() / (step * scale.double()))[finite.expand(x.shape)]
+    return "" if not off.numel() or off.max() <= 0.5 + 1 / 64 else f"a code is off by {float(off.max()):.3g} steps"
 
 
 def small_cases(row: Op) -> list[Case]:

@@ -45,6 +45,25 @@ def test_fuzz_gate_residual(n, tokens, c, layout, other, shared, dtype):
                                       d.normal(1 if shared else n, c)), dtype)
 
 
+@pytest.mark.parametrize("row", ["swiglu", "geglu_tanh"])
+@fuzz(30)
+@given(st.lists(st.integers(0, 6), max_size=3), st.integers(0, 80), LAYOUTS, TYPES)
+def test_fuzz_gates(row, lead, columns, layout, dtype):
+    holds(row, lambda d: (d.normal(*lead, 2 * columns, layout=layout, scale=3.0),), dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("row", ["swiglu", "geglu_tanh"])
+def test_gates_far_out_neither_vanish_nor_explode(row, dtype):
+    """silu and gelu are 0 far below zero and the identity far above, where an exponential alone would overflow."""
+    gate = torch.tensor([-1e30, -1e4, -200.0, 0.0, 200.0, 1e4, 1e30]).clamp(*(getattr(torch.finfo(dtype), end)
+                                                                              for end in ("min", "max"))).to(dtype)
+    out = getattr(ops, row)(torch.cat([torch.ones_like(gate), gate]))
+    assert out[3:].tolist() == gate[3:].tolist()
+    assert out[:3].abs().max() < 1e-7  # exactly 0 where exponents end; below AVX-512 they stop at 2^125
+    assert torch.isnan(getattr(ops, row)(torch.tensor([1.0, float("nan")], dtype=dtype))).all()
+
+
 @fuzz(60)
 @given(st.integers(0, 3), SIZE, st.integers(0, 5), st.integers(1, 5), st.integers(1, 70), LAYOUTS, st.booleans(),
        st.booleans(), st.sampled_from([None, 1e-6]), TYPES)
@@ -119,6 +138,8 @@ BAD = {
     "gate": (lambda: ops.gate_residual(T, T, torch.ones(3, 8)), ShapeError, r"gate has shape \(3, 8\)"),
     "gate_shapes": (lambda: ops.gate_residual(T, T[:1], torch.ones(8)), ShapeError, r"y \(1, 5, 8\)"),
     "gate_dtypes": (lambda: ops.gate_residual(T, T.half(), torch.ones(8)), LdmfastError, "give them one dtype"),
+    "swiglu_odd": (lambda: ops.swiglu(T[..., :5]), ShapeError, "swiglu: x has shape .* even last dimension"),
+    "geglu_tanh_odd": (lambda: ops.geglu_tanh(T[..., :5]), ShapeError, "geglu_tanh: x has shape"),
     "qkv": (lambda: ops.qk_norm_rope(T), ShapeError, r"needs \(batch, tokens, 3, heads, head_dim\)"),
     "odd_depth": (lambda: ops.qk_norm_rope(QKV[..., :7]), ShapeError, "even head_dim"),
     "context": (lambda: ops.qk_norm_rope(QKV, QKV[:1]), ShapeError, "may differ .* in its tokens only"),

@@ -20,9 +20,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+sys.path.insert(0, str(Path(__file__).parent))
+import parity
+
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("attention", "gate_residual", "geglu", "group_norm_silu", "layer_norm_modulate", "lincomb", "qk_norm_rope",
-       "rms_norm", "upsample2x")
+OPS = ("attention", "gate_residual", "geglu", "geglu_tanh", "group_norm_silu", "layer_norm_modulate", "lincomb",
+       "philox_normal", "qk_norm_rope", "quantize_rowwise", "rms_norm", "swiglu", "upsample2x")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTERPRETED_BYTES = 1e6  # larger cases take the interpreter seconds; the kernels do not know sizes apart
 INTERPRETED_FLOPS = 5e7
@@ -77,8 +80,8 @@ def extra_cases(module: Any, op: str) -> Iterator[tuple[str, str, dict]]:
     if op == "layer_norm_modulate":
         for name in ("ragged", "both", "shared_condition"):
             yield f"{name} pieces", name, {"config": module.Config(2, 16, 1)}
-    if op == "rms_norm":
-        for name in ("ragged", "plain"):
+    if op in ("rms_norm", "quantize_rowwise"):
+        for name in ("ragged", "plain" if op == "rms_norm" else "fp8"):
             yield f"{name} pieces", name, {"config": module.Config(2, 16, 1)}
     if op == "qk_norm_rope":
         for name in ("ragged", "halves"):
@@ -94,6 +97,11 @@ def examine(row: Any, label: str, args: tuple, dtype: torch.dtype, options: dict
     out = _load.kernel_module(row.name).launch(*args, **options)
     like = row.fake(*args)
     record = {"op": row.name, "case": label, "dtype": str(dtype).removeprefix("torch."), "excess": 0.0, "error": 0.0,
+              "layout": True}
+    if isinstance(out, tuple):
+        wrong = parity.wrong_row_codes(row, args, *out)
+        return {**record, "wrong": wrong, "excess": float(bool(wrong))}
+    record = {**record,
               "layout": (like.shape, like.stride(), like.dtype) == (out.shape, out.stride(), out.dtype)}
     if out.numel():
         oracle = row.reference(*map(doubled, args))
@@ -197,8 +205,11 @@ def test_sizes_of_one_compile() -> None:
         return x.contiguous(memory_format=torch.channels_last) if last else x
 
     calls = [("upsample2x", (e(1, 1, 1, 1),)), ("upsample2x", (e(2, 4, 3, 1, last=True),)), ("geglu", (e(2),)),
+             ("geglu_tanh", (e(2, dtype=torch.float64),)), ("swiglu", (e(2, dtype=torch.float64),)),
              ("layer_norm_modulate", (e(1, 1, 1), e(1, 1), e(1, 1), e(1), e(1), 1e-5)),
-             ("rms_norm", (e(1, 1), e(1), 1e-5)), ("gate_residual", (e(1, 1, 1), e(1, 1, 1), e(1, 1))),
+             ("philox_normal", (e(1, 2, dtype=torch.int64), 1, 256)), ("rms_norm", (e(1, 1), e(1), 1e-5)),
+             ("gate_residual", (e(1, 1, 1), e(1, 1, 1), e(1, 1))), ("quantize_rowwise", (e(1, 1), True)),
+             ("quantize_rowwise", (e(1, 1, dtype=torch.float64), False)),
              ("qk_norm_rope", (e(1, 1, 3, 1, 2), e(1, 1, 3, 1, 2), *[e(2)] * 4, e(2, 1), e(2, 1), True, 1e-5)),
              ("qk_norm_rope", (e(1, 1, 3, 1, 2), None, *[None] * 4, e(1, 1, 1), e(1, 1, 1), False, None)),
              ("group_norm_silu", (e(1, 1, 1, 1), e(1, 1), 1, e(1), e(1), 1e-5, True)),

@@ -95,9 +95,21 @@ inline D gelu_of(D y) {
   return y * normal_cdf(y);
 }
 
-// One row of geglu: d values, then d gates.
-template <class T, class Put>
-inline void geglu_row(const T* value, int64_t d, const Put& put) {
+// y / 2 (1 + tanh u) = y / (1 + exp(-2 u)) with u = sqrt(2 / pi) (y + 0.044715 y^3).
+template <class T>
+inline F gelu_tanh_of(F y) {
+  return logistic<kRough<T>>(y, y * (y * y * -0.10294324f - 2.3022082f));  // the factors hold 2 / ln 2
+}
+template <class T>
+inline D gelu_tanh_of(D y) {
+  for (int i = 0; i < kLanes<double>; ++i)
+    y[i] = 0.5 * y[i] * (1 + std::tanh(0.79788456080286535588 * (y[i] + 0.044715 * y[i] * y[i] * y[i])));
+  return y;
+}
+
+// One row: d values, then d gates; each value times the activation of its gate.
+template <class T, class Activation, class Put>
+inline void gated_row(const T* value, int64_t d, const Activation& activation, const Put& put) {
   using V = Vector<Acc<T>>;
   const T* gate = value + d;
   for_row<T>(
@@ -106,14 +118,18 @@ inline void geglu_row(const T* value, int64_t d, const Put& put) {
         V ga, gb;
         load_pair(value + i, a, b);
         load_pair(gate + i, ga, gb);
-        a *= gelu_of<T>(ga);
-        b *= gelu_of<T>(gb);
+        a *= activation(ga);
+        b *= activation(gb);
       },
       [&](int64_t i, int n) {
         const V v = load_some(value + i, n), g = load_some(gate + i, n);
-        return v * gelu_of<T>(g);
+        return v * activation(g);
       },
       put);
+}
+template <class T, class Put>
+inline void geglu_row(const T* value, int64_t d, const Put& put) {
+  gated_row(value, d, [](Vector<Acc<T>> g) { return gelu_of<T>(g); }, put);
 }
 
 }  // namespace LDMFAST_LEVEL_NAMESPACE

@@ -1,61 +1,105 @@
-// quantize_rowwise: int8 rows with one scale each, symmetric.
-#include "common/q8.h"
+// quantize_rowwise: int8 or e4m3 codes with a scale for each row: scale = max |x| / 127 or 448, q = x / scale.
+#include <tuple>
+
+#include "common/pairs.h"
 #include "common/stable.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
 namespace {
 
-template <class T>
-inline F numbers(const T* x, int64_t n) {
-  if constexpr (std::is_same_v<T, double>) {
-    F v{};
-    for (int64_t i = 0; i < n; ++i) v[i] = float(x[i]);
-    return v;
-  } else {
-    return n == kLanes<float> ? load(x) : load_some(x, int(n));
+template <class A>
+struct Largest {  // magnitude of a row, as bits: those of NaN are above all others
+  using V = Vector<A>;
+  using Bits = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
+  typedef Bits B __attribute__((vector_size(kVectorBytes)));
+  B top[2] = {};
+  void add(int lane, V v) {
+    const B bits = (B)v & std::numeric_limits<Bits>::max();
+    top[lane] = bits > top[lane] ? bits : top[lane];
   }
+  void two(int64_t, V a, V b) { add(0, a), add(1, b); }
+  void four(int64_t, V a, V b, V c, V d) { add(0, a), add(1, b), add(0, c), add(1, d); }
+  void some(int64_t, V v, int) { add(0, v); }  // lanes past the end are zero
+  A value() const {
+    Bits most = 0;
+    for (const B& b : top)
+      for (int i = 0; i < kLanes<A>; ++i) most = b[i] > most ? b[i] : most;
+    A v;
+    std::memcpy(&v, &most, sizeof v);
+    return v;
+  }
+};
+
+// Nearest code, ties to even, of a number that the scale has brought into the codes' range.
+inline uint8_t integer_code(float v) {
+  const float bounded = v < -127 ? -127.0f : (v > 127 ? 127.0f : v);
+  return uint8_t(int8_t(int32_t(bounded + 12582912.0f - 12582912.0f)));
+}
+inline uint8_t e4m3_code(float v) {
+  uint32_t bits, small;
+  std::memcpy(&bits, &v, 4);
+  const uint32_t sign = bits >> 24 & 0x80;
+  bits &= 0x7fffffff;
+  bits = bits > 0x43e00000 ? 0x43e00000 : bits;  // 448
+  float magnitude;
+  std::memcpy(&magnitude, &bits, 4);
+  const float shifted = magnitude + 16384.0f;  // fractions end at 2^-9, as those of numbers below 2^-6 do
+  std::memcpy(&small, &shifted, 4);
+  const uint32_t normal = (bits + 0x7ffff + (bits >> 20 & 1)) >> 20;
+  return uint8_t(sign | (bits < 0x3c800000 ? small - 0x46800000 : normal - 960));
 }
 
 template <class T>
-float run(const T* x, int64_t n, int8_t* q) {
-  constexpr int64_t L = kLanes<float>;
-  Lanes<float> spread;
-  for (int64_t i = 0; i < n; i += L) spread.add(numbers(x + i, std::min(L, n - i)));
-  const Range range = spread.range();
-  if (!range.finite) {
-    std::fill(q, q + n, int8_t(0));
-    return std::numeric_limits<float>::quiet_NaN();
+void row(const T* x, int64_t n, bool fp8, uint8_t* q, float* scale) {
+  using A = Acc<T>;
+  Largest<A> largest;
+  for_row<T>(n, [&](int64_t i, Vector<A>& a, Vector<A>& b) { load_pair(x + i, a, b); },
+             [&](int64_t i, int count) { return load_some(x + i, count); }, largest);
+  const A top = largest.value();
+  float s = float(double(top) / (fp8 ? 448 : 127));
+  const float least = std::numeric_limits<float>::min();
+  s = top == 0 ? 1 : s < least ? least : s;
+  *scale = s;
+  if (!std::isfinite(s)) {
+    *scale = std::numeric_limits<float>::quiet_NaN();
+    std::memset(q, 0, size_t(n));
+    return;
   }
-  const float most = float(std::max(range.hi, -range.lo));
-  const float scale = most == 0 ? 1 : std::max(most / 127, std::numeric_limits<float>::min());
+  const A divisor = A(s);
+  constexpr int L = kLanes<A>;
   for (int64_t i = 0; i < n; i += L) {
-    const int64_t count = std::min(L, n - i);
-    const F v = numbers(x + i, count) / scale;
-#if defined(__AVX512F__)
-    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)v));
-    std::memcpy(q + i, &bytes, size_t(count));
-#else
-    I whole;
-    nearest(v, whole);
-    for (int64_t k = 0; k < count; ++k) q[i + k] = int8_t(whole[k]);
-#endif
+    const int here = int(std::min<int64_t>(L, n - i));
+    A values[L];
+    store(values, (here == L ? load(x + i) : load_some(x + i, here)) / divisor);
+    uint8_t codes[L];
+    if (fp8)
+      for (int j = 0; j < L; ++j) codes[j] = e4m3_code(float(values[j]));
+    else
+      for (int j = 0; j < L; ++j) codes[j] = integer_code(float(values[j]));
+    std::memcpy(q + i, codes, size_t(here));
   }
-  return scale;
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> quantize_rowwise(const Tensor& x) {
-  const int64_t rows = x.size(0), columns = x.size(1);
-  const Tensor q = empty_strided(x, {rows, columns}, {std::max<int64_t>(columns, 1), 1}, aoti_torch_dtype_int8());
-  const Tensor scale = empty_strided(x, {rows}, {1}, aoti_torch_dtype_float32());
-  const Tensor dense = x.is_contiguous() ? x : torch::stable::contiguous(x);
+std::tuple<Tensor, Tensor> quantize_rowwise(const Tensor& x, bool fp8) {
+  const Rows rows = rows_of(x);
+  const int64_t c = rows.columns;
+  Sizes sizes = sizes_of(x);
+  const auto dense = [&](int32_t dtype) {
+    return empty_strided(x, sizes, strides_in(sizes, row_major(sizes.size())), dtype);
+  };
+  const Tensor q = dense(fp8 ? aoti_torch_dtype_float8_e4m3fn() : aoti_torch_dtype_int8());
+  sizes.back() = 1;
+  const Tensor scale = dense(aoti_torch_dtype_float32());
+  if (rows.count == 0) return {q, scale};
   dispatch(x, [&](auto tag) {
     using T = decltype(tag);
-    parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        mutable_data<float>(scale)[r] =
-            run(data<T>(dense) + r * columns, columns, mutable_data<int8_t>(q) + r * columns);
+    const T* in = data<T>(rows.tensor);
+    uint8_t* to = mutable_data<uint8_t>(q);
+    float* scales = mutable_data<float>(scale);
+    parallel_for(0, rows.count, grain(c), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) row(in + r * rows.stride, c, fp8, to + r * c, scales + r);
     });
     return 0;
   });

@@ -12,6 +12,7 @@ from .conv2d_q8 import conv2d_q8
 from .gate_residual import gate_residual
 from .geglu import geglu
 from .geglu_q8 import geglu_q8
+from .geglu_tanh import geglu_tanh
 from .group_norm_silu import group_norm_silu
 from .group_norm_silu_q8 import group_norm_silu_q8
 from .layer_norm_modulate import layer_norm_modulate
@@ -22,9 +23,12 @@ from .linear_geglu_q8 import linear_geglu_q8
 from .norm_conv2d import norm_conv2d
 from .norm_conv2d_q8 import norm_conv2d_q8
 from .pack_weight import pack_weight
+from .philox_normal import philox_normal
 from .qk_norm_rope import qk_norm_rope
 from .quantize import quantize
+from .quantize_rowwise import quantize_rowwise
 from .rms_norm import rms_norm
+from .swiglu import swiglu
 from .upsample2x import upsample2x
 
 ROWS = _op.ROWS
@@ -33,7 +37,8 @@ CUDA_LIBRARY = _load.load_cuda()
 _op.register_triton()
 
 __all__ = [
-    "attention", "conv2d", "conv2d_q8", "gate_residual", "geglu", "geglu_q8", "group_norm_silu", "group_norm_silu_q8",
-    "layer_norm_modulate", "layer_norm_modulate_q8", "lincomb", "linear_geglu", "linear_geglu_q8", "pack_weight",
-    "qk_norm_rope", "quantize", "rms_norm", "upsample2x",
+    "attention", "conv2d", "conv2d_q8", "gate_residual", "geglu", "geglu_q8", "geglu_tanh", "group_norm_silu",
+    "group_norm_silu_q8", "layer_norm_modulate", "layer_norm_modulate_q8", "lincomb", "linear_geglu",
+    "linear_geglu_q8", "pack_weight", "philox_normal", "qk_norm_rope", "quantize", "quantize_rowwise", "rms_norm",
+    "swiglu", "upsample2x",
 ]

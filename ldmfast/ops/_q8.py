@@ -12,6 +12,7 @@ from ..errors import ShapeError
 from ._op import Case, Cost, case, memory_format, shape_of
 
 RESULT = " -> (Tensor q, Tensor scale, Tensor zero_point)"
+ROW_RESULT = " -> (Tensor q, Tensor scale)"  # a scale for each row, no zero point
 Codes = tuple[Tensor, Tensor, Tensor]
 
 

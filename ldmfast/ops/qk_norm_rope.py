@@ -33,14 +33,13 @@ def reference(qkv: Tensor, context: Tensor | None, q_weight: Tensor | None, k_we
         return y if weight is None else y * weight.to(dtype)
 
     out = fake(qkv, context, None, None, None, None, None, None, interleaved, eps)
-    text = 0 if context is None else context.shape[1]
     if context is not None:
         out[:, :, 2] = torch.cat([context[:, :, 2], qkv[:, :, 2]], 1)
     for i, (own, of_text) in enumerate(((q_weight, context_q_weight), (k_weight, context_k_weight))):
         y = part(qkv[:, :, i], own)
-        if text:
+        if context is not None:
             y = torch.cat([part(context[:, :, i], of_text), y], 1)
-        out[:, :, i] = y if cos is None else _rotated(y, cos.to(dtype), sin.to(dtype), interleaved)
+        out[:, :, i] = y if cos is None or sin is None else _rotated(y, cos.to(dtype), sin.to(dtype), interleaved)
     return out
 
 
@@ -55,7 +54,7 @@ def peer(qkv: Tensor, context: Tensor | None, q_weight: Tensor | None, k_weight:
         if context is not None:
             z = context[:, :, i] if eps is None else rms_norm(context[:, :, i], qkv.shape[-1:], of_text, eps)
             y = torch.cat([z, y], 1)
-        out[:, :, i] = y if cos is None else _rotated(y.to(cos.dtype), cos, sin, interleaved)
+        out[:, :, i] = y if cos is None or sin is None else _rotated(y.to(cos.dtype), cos, sin, interleaved)
     return out
 
 
