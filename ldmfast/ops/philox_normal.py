@@ -96,7 +96,7 @@ _call = register(Op("philox_normal", "(Tensor state, int count, int threads) -> 
 def philox_normal(state: Tensor, count: int, *, threads: int = 132 * 2048) -> Tensor:
     """What ``torch.randn(count, device="cuda", generator=g)`` draws for each (seed, offset) of g: Philox4x32-10 (Salmon
     et al. 2011) and Box-Muller as cuRAND has them, thread i of torch's kernel drawing numbers i, i + S, ... of its own
-    subsequence, S the number of threads. Equal to CUDA's numbers but for the rounding of its fast sine and logarithm.
+    subsequence, S the number of threads. Equal to CUDA's numbers but for rounding.
 
     state: (N, 2) int64, [seed, offset] of N generators, on the device that draws and read there, so that a CUDA graph
     can advance it. offset: a multiple of 4, as torch keeps it; after the call g's has grown by 4 ceil(count / (4 S)),
