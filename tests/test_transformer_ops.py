@@ -64,6 +64,36 @@ def test_gates_far_out_neither_vanish_nor_explode(row, dtype):
     assert torch.isnan(getattr(ops, row)(torch.tensor([1.0, float("nan")], dtype=dtype))).all()
 
 
+@fuzz(40)
+@given(st.lists(st.integers(0, 6), max_size=3), st.integers(0, 80), LAYOUTS, st.booleans(),
+       st.sampled_from([1e-3, 1.0, 1e3]), TYPES)
+def test_fuzz_quantize_rowwise(lead, c, layout, fp8, scale, dtype):
+    holds("quantize_rowwise", lambda d: (d.normal(*lead, c, layout=layout, scale=scale), fp8), dtype)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_row_codes_are_torchs_own_rounding(fp8):
+    """Every number that a code or the middle of two codes stands for, ties and subnormal codes among them."""
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn if fp8 else torch.int8).float()
+    codes = every[torch.isfinite(every) & (every != -128)].sort().values
+    x = torch.cat([codes, (codes[1:] + codes[:-1]) / 2])
+    q, scale = ops.quantize_rowwise(x, fp8=fp8)
+    assert float(scale) == 1.0
+    assert torch.equal(q.float(), (x.to(torch.float8_e4m3fn) if fp8 else x.round()).float())
+
+
+@pytest.mark.parametrize("kernel", [ops.ROWS["quantize_rowwise"].overload, ops.ROWS["quantize_rowwise"].reference],
+                         ids=["live", "reference"])
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_row_codes_of_what_is_not_finite_decode_to_nan(value, fp8, kernel):
+    x = torch.randn(5, 37)
+    x[1, 36] = x[3, 0] = value
+    q, scale = kernel(x, fp8)
+    assert torch.isnan(scale)[:, 0].tolist() == [False, True, False, True, False]
+    assert not q.float()[[1, 3]].any() and q.float()[[0, 2, 4]].any()
+
+
 @fuzz(60)
 @given(st.integers(0, 3), SIZE, st.integers(0, 5), st.integers(1, 5), st.integers(1, 70), LAYOUTS, st.booleans(),
        st.booleans(), st.sampled_from([None, 1e-6]), TYPES)
@@ -138,6 +168,7 @@ BAD = {
     "gate": (lambda: ops.gate_residual(T, T, torch.ones(3, 8)), ShapeError, r"gate has shape \(3, 8\)"),
     "gate_shapes": (lambda: ops.gate_residual(T, T[:1], torch.ones(8)), ShapeError, r"y \(1, 5, 8\)"),
     "gate_dtypes": (lambda: ops.gate_residual(T, T.half(), torch.ones(8)), LdmfastError, "give them one dtype"),
+    "rowwise_scalar": (lambda: ops.quantize_rowwise(torch.tensor(1.0)), ShapeError, "no dimension"),
     "swiglu_odd": (lambda: ops.swiglu(T[..., :5]), ShapeError, "swiglu: x has shape .* even last dimension"),
     "geglu_tanh_odd": (lambda: ops.geglu_tanh(T[..., :5]), ShapeError, "geglu_tanh: x has shape"),
     "qkv": (lambda: ops.qk_norm_rope(T), ShapeError, r"needs \(batch, tokens, 3, heads, head_dim\)"),
