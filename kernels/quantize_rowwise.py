@@ -86,9 +86,9 @@ def kernel(x, q, scales, num_rows, columns, stride, FP8: tl.constexpr, BLOCK_R: 
 
 
 def launch(x: Tensor, fp8: bool, *, config: Config | None = None) -> tuple[Tensor, Tensor]:
-    """x: (..., C) floating -> codes of x's shape (int8, or float8_e4m3fn), dense, and scales (..., 1) in fp32."""
+    """x: (..., C) floating -> codes of x's shape (int8, or float8_e4m3fn), dense, and scales (...) in fp32."""
     q = x.new_empty(x.shape, dtype=torch.float8_e4m3fn if fp8 else torch.int8)
-    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if q.numel() == 0:
         return q, scale.fill_(1.0)
     x, stride = rows(x)

@@ -121,7 +121,7 @@ def wrong_row_codes(row: Op, args: Any, q: Tensor, scale: Tensor) -> str:
     for one, expected in zip((q, scale), row.fake(*args)):
         if wrong := wrong_memory(one, expected):
             return wrong
-    x, codes = args[0].double(), q.double()
+    x, codes, scale = args[0].double(), q.double(), scale.unsqueeze(-1)
     top = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(scale.shape)
     ideal = torch.where(top == 0, 1.0, top / (127 if q.dtype == torch.int8 else 448))
     finite = torch.isfinite(ideal)

@@ -90,7 +90,7 @@ def test_row_codes_of_what_is_not_finite_decode_to_nan(value, fp8, kernel):
     x = torch.randn(5, 37)
     x[1, 36] = x[3, 0] = value
     q, scale = kernel(x, fp8)
-    assert torch.isnan(scale)[:, 0].tolist() == [False, True, False, True, False]
+    assert torch.isnan(scale).tolist() == [False, True, False, True, False]
     assert not q.float()[[1, 3]].any() and q.float()[[0, 2, 4]].any()
 
 

@@ -69,8 +69,18 @@ void row(const T* x, int64_t n, bool fp8, uint8_t* q, float* scale) {
   constexpr int L = kLanes<A>;
   for (int64_t i = 0; i < n; i += L) {
     const int here = int(std::min<int64_t>(L, n - i));
+    const Vector<A> v = (here == L ? load(x + i) : load_some(x + i, here)) / divisor;
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<A, float>) {
+      if (!fp8) {
+        const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)v));
+        std::memcpy(q + i, &bytes, size_t(here));
+        continue;
+      }
+    }
+#endif
     A values[L];
-    store(values, (here == L ? load(x + i) : load_some(x + i, here)) / divisor);
+    store(values, v);
     uint8_t codes[L];
     if (fp8)
       for (int j = 0; j < L; ++j) codes[j] = e4m3_code(float(values[j]));
@@ -90,7 +100,7 @@ std::tuple<Tensor, Tensor> quantize_rowwise(const Tensor& x, bool fp8) {
     return empty_strided(x, sizes, strides_in(sizes, row_major(sizes.size())), dtype);
   };
   const Tensor q = dense(fp8 ? aoti_torch_dtype_float8_e4m3fn() : aoti_torch_dtype_int8());
-  sizes.back() = 1;
+  sizes.pop_back();
   const Tensor scale = dense(aoti_torch_dtype_float32());
   if (rows.count == 0) return {q, scale};
   dispatch(x, [&](auto tag) {

@@ -27,18 +27,18 @@ def reference(x: Tensor, fp8: bool) -> RowCodes:
     codes = torch.nan_to_num(y / scale.to(y.dtype), nan=0.0)
     limit = LARGEST[dtype]
     codes = (codes if fp8 else codes.round()).clamp(-limit, limit)
-    return fake(x, fp8)[0].copy_(codes.float()), scale.contiguous()
+    return fake(x, fp8)[0].copy_(codes.float()), scale.squeeze(-1).contiguous()
 
 
 def peer(x: Tensor, fp8: bool) -> RowCodes:
     dtype = code_dtype(fp8)
-    scale = x.abs().amax(-1, keepdim=True).float() / LARGEST[dtype] if x.shape[-1] else fake(x, fp8)[1]
-    codes = x.float() / scale
+    scale = x.abs().amax(-1).float() / LARGEST[dtype] if x.shape[-1] else fake(x, fp8)[1]
+    codes = x.float() / scale.unsqueeze(-1)
     return (codes if fp8 else codes.round()).to(dtype), scale
 
 
 def fake(x: Tensor, fp8: bool) -> RowCodes:
-    return (x.new_empty(x.shape, dtype=code_dtype(fp8)), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+    return (x.new_empty(x.shape, dtype=code_dtype(fp8)), x.new_empty(x.shape[:-1], dtype=torch.float32))
 
 
 def cost(x: Tensor, fp8: bool) -> Cost:
@@ -53,6 +53,8 @@ def cases() -> Iterator[Case]:
 
     yield case("flux_tokens", "network big", make(1, 1536, 3072))
     yield case("flux_tokens_fp8", "network big", make(1, 1536, 3072, fp8=True))
+    yield case("sd15_attention_weight", "network", make(1280, 1280))
+    yield case("sd15_convolution_weight", "network big", make(1280, 11520))
     yield case("dit_xl", "network", make(2, 256, 1152))
     yield case("dit_xl_fp8", "network", make(2, 256, 1152, fp8=True))
     yield case("small", "", make(2, 9, 64))
@@ -77,12 +79,13 @@ _call = register(Op("quantize_rowwise", "(Tensor x, bool fp8)" + ROW_RESULT, ref
 
 
 def quantize_rowwise(x: Tensor, *, fp8: bool = False) -> RowCodes:
-    """8-bit codes of x with one scale a row: x is about q * scale. For torch._int_mm, or with fp8 for torch._scaled_mm.
+    """8-bit codes of x with one scale a row: x is about q * scale[..., None]. For the weights of int8 products, for
+    torch._int_mm, and with fp8 for torch._scaled_mm.
 
     x: (..., C), floating. Returns q, contiguous, of x's shape (int8, or float8_e4m3fn with fp8), and scale (float32,
-    of shape (..., 1)): scale = max |x| / 127 (448 with fp8), at least 2^-126, and q = x / scale, rounded to nearest,
+    of shape (...)): scale = max |x| / 127 (448 with fp8), at least 2^-126, and q = x / scale, rounded to nearest,
     ties to even. scale is 1 for a row of zeros. If any element of a row is not finite, its scale is NaN and its q are
-    0. (``quantize`` is the op for CPU products: unsigned, with a zero point, one scale for the tensor.)
+    0. (``quantize`` is for the activations of CPU products: unsigned, with a zero point, one scale for the tensor.)
     Raises ShapeError for a tensor without dimensions.
     """
     if x.ndim < 1:
