@@ -13,8 +13,10 @@ from ..errors import CheckpointError
 
 # First and last convolutions see and make the sample or the latent itself, shortcuts carry it past the blocks;
 # embeddings and prompt projections run once a call, so that 8 bits would gain nothing.
+# Of transformers the same: first and last linear, and the modulations.
 _KEPT = re.compile(r"(^|\.)(conv_in|conv_out|time_emb_proj|to_kv|conv_shortcut|quant_conv|post_quant_conv)$"
-                   r"|^(time_|class_|add_|encoder_hid_)")
+                   r"|^(time_|class_|add_|encoder_hid_|x_embedder$|context_embedder$|proj_out$)"
+                   r"|(^|\.)norm[a-z0-9_]*\.linear$")
 
 
 def can_be_int8(name: str) -> bool:

@@ -20,7 +20,7 @@ from ..checkpoints import safetensors
 from ..errors import CheckpointError
 from ..models.base import Model, keep_freed_memory
 from ..models.gemm import Conv2d, Linear, rows_to_int8
-from ..models.layers import Attention
+from ..models.layers import Joined
 from .plan import Plan
 
 M = TypeVar("M", bound=Model)
@@ -44,11 +44,11 @@ def save(path: Path, model: Model, plan: Plan, fingerprint: str) -> None:
 def _tensors(model: Model, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     joined: set[str] = set()
     for name, module in model.named_modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Joined):
             layers: dict[str, nn.Module] = {}
-            parts = [getattr(module, n) for n in module.joins]
-            joined |= {f"{name}.{n}" for n in module.joins}
-            layers[f"{name}.{module.joined}"] = Linear.join(parts)
+            for whole, parts in module.groups:
+                joined |= {f"{name}.{n}" for n in parts}
+                layers[f"{name}.{whole}"] = Linear.join([getattr(module, n) for n in parts])
         elif name in joined:
             continue
         else:
@@ -84,8 +84,9 @@ def load(cls: type[M], config: Mapping[str, Any], header: safetensors.Header, pl
     with torch.device("meta"):
         model = cls.from_config(config)
         for module in list(model.modules()):
-            if isinstance(module, Attention):
-                module.join()
+            if isinstance(module, Joined):
+                for whole, _ in module.groups:
+                    module.join(whole)
     where = str(header.path)
     wanted = {name: p.shape for name, p in model.named_parameters()}
     layers = dict(model.named_modules())
