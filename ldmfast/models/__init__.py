@@ -68,7 +68,8 @@ def from_diffusers(module: nn.Module, dtype: torch.dtype | None = None, precisio
 __all__ = [
     "REGISTRY", "TEXT_ENCODERS", "AutoencoderKL", "AutoencoderKLConfig", "AutoencoderTiny", "AutoencoderTinyConfig",
     "CLIPTextConfig", "CLIPTextModel", "CLIPTextModelWithProjection", "Config", "FluxTransformer2D",
-    "FluxTransformer2DConfig", "JointState", "Model", "Posterior", "SD3Transformer2D", "SD3Transformer2DConfig", "UNet2D",
+    "FluxTransformer2DConfig", "JointState", "Model", "Posterior", "SD3Transformer2D", "SD3Transformer2DConfig",
+    "UNet2D",
     "UNet2DCondition", "UNet2DConditionConfig", "UNet2DConfig", "UNetState", "VQModel",
     "VQModelConfig", "from_diffusers",
 ]

@@ -125,7 +125,7 @@ class JointAttention(Joined):
             own = None if rope is None else (rope[0][rows], rope[1][rows])
             place(joint[:, rows], *self.normed(q, k, own, text_too), v)
         q, k, v = joint.unbind(2)
-        to_out, = cast(nn.ModuleList, self.to_out)
+        to_out, = cast(Any, self.to_out)
         if self.to_add_out is None:
             return to_out(ops.attention(q[:, cut:], k, v).flatten(2)), None
         out = ops.attention(q, k, v).flatten(2)
@@ -137,7 +137,7 @@ class JointAttention(Joined):
         if rope is not None or self.norm_q is not None:
             q, k = (y.to(v.dtype) for y in self.normed(q, k, rope))
         out = ops.attention(q, k, v).flatten(2)
-        return out if self.to_out is None else cast(nn.ModuleList, self.to_out)[0](out)
+        return out if self.to_out is None else self.to_out[0](out)
 
 
 def x_batch(parts: Sequence[Sequence[Tensor]]) -> int:
@@ -274,7 +274,7 @@ class Modulations:
     def project(self, embedding: Tensor) -> tuple[Tensor, ...]:
         """Time embedding (timesteps, N, D) -> (timesteps, N, parts, C) for each."""
         rows = by_rows(F.silu, embedding.flatten(0, 1))
-        return tuple(by_rows(m.linear, rows).view(*embedding.shape[:2], m.parts, -1) for m in self.all)
+        return tuple(by_rows(m.linear, rows).view(*embedding.shape[:2], m.parts, rows.shape[1]) for m in self.all)
 
 
 def check_conditions(prompt: Tensor | None, pooled: Tensor | None, width: int, pooled_width: int,

@@ -16,7 +16,7 @@ from .gemm import Int8Weight, Linear, Quantized
 class GeluLinear(Linear):
     """GELU, in its tanh form (Hendrycks and Gimpel 2016, section 2), of x W^T + b, inside oneDNN's product."""
 
-    def forward(self, x: Tensor | Quantized, residual: None = None) -> Tensor:
+    def forward(self, x: Tensor | Quantized, residual: None = None) -> Tensor:  # type: ignore[override]
         """x: (..., in), floating, or 8-bit for a layer with ``int8`` -> (..., out)."""
         if self.int8 is not None:
             return self._int8(self.int8, x, None)

@@ -57,8 +57,8 @@ class SD3Transformer2DConfig(Config):
             if not getattr(self, key):
                 raise unsupported(key, getattr(self, key), "a positive number")
         if self.caption_projection_dim != self.inner_dim:
-            raise CheckpointError(f"config key 'caption_projection_dim' = {self.caption_projection_dim} is not the width "
-                                  f"of the blocks, {self.num_attention_heads} heads of {self.attention_head_dim}")
+            raise CheckpointError(f"config key 'caption_projection_dim' = {self.caption_projection_dim} is not the "
+                                  f"width of the blocks, {self.num_attention_heads} heads of {self.attention_head_dim}")
         if self.pos_embed_max_size ** 2 * self.inner_dim > 1 << 28:
             raise unsupported("pos_embed_max_size", self.pos_embed_max_size, "fewer positions (SD 3.5: 384)")
 
@@ -87,11 +87,11 @@ class PatchEmbed(nn.Module):
         h, w = x.shape[2] // p, x.shape[3] // p
         if h > n or w > n:
             raise ShapeError(f"sample has {h}x{w} patches of {p}x{p} latents, this model knows positions for {n}x{n}")
-        patches = x[:, :, :h * p, :w * p].reshape(len(x), -1, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
+        patches = x[:, :, :h * p, :w * p].reshape(*x.shape[:2], h, p, w, p).permute(0, 2, 4, 1, 3, 5)
         top, left = (n - h) // 2, (n - w) // 2
         places = self.pos_embed.view(n, n, -1)[top:top + h, left:left + w].reshape(h * w, -1)
-        tokens = F.linear(patches.reshape(len(x), h * w, x.shape[1] * p * p), self.proj.weight.flatten(1), self.proj.bias)
-        return tokens.add_(places)
+        patches = patches.reshape(len(x), h * w, x.shape[1] * p * p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias).add_(places)
 
 
 class JointBlock(Direct):
@@ -189,8 +189,8 @@ class SD3Transformer2D(Model):
         elif encoder_hidden_states is not None or pooled_projections is not None:
             raise LdmfastError("conditions were given together with a prepared state, which holds its own; give one of "
                                "the two")
-        step = state.step(timestep, len(sample))
-        return self.at(as_list(timestep)).run(sample, step, block_controlnet_hidden_states, frozenset(skip_layers or ()))
+        step, skipped = state.step(timestep, len(sample)), frozenset(skip_layers or ())
+        return self.at(as_list(timestep)).run(sample, step, block_controlnet_hidden_states, skipped)
 
     def run(self, sample: Tensor, step: Step, controls: Sequence[Tensor] | None, skipped: frozenset[int]) -> Tensor:
         p = self.config.patch_size
@@ -212,5 +212,6 @@ def _control(controls: Sequence[Tensor], block: int, blocks: int, x: Tensor) -> 
     """ControlNet's residual for a block: they are spread evenly."""
     control = controls[int(block / (blocks / len(controls)))]
     if control.shape != x.shape:
-        raise ShapeError(f"block_controlnet_hidden_states: shape {tuple(control.shape)} where {tuple(x.shape)} is needed")
+        raise ShapeError(f"block_controlnet_hidden_states: shape {tuple(control.shape)} where {tuple(x.shape)} is "
+                         "needed")
     return control.to(x)
