@@ -179,7 +179,7 @@ def attention_arguments(queries: int, keys: int, heads: int, depth: int, dtype: 
 
 
 def triton_calls() -> Iterator[tuple[str, str, tuple]]:
-    """(op, name, launch arguments) with the shapes of SD 1.5, SDXL and their autoencoder."""
+    """(op, name, launch arguments) with the shapes of SD 1.5, SDXL, their autoencoder, FLUX, SD 3 and T5."""
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, last: bool = False) -> torch.Tensor:
         x = torch.empty(shape, dtype=dtype, device="meta")
         return x.contiguous(memory_format=torch.channels_last) if last else x
@@ -201,6 +201,15 @@ def triton_calls() -> Iterator[tuple[str, str, tuple]]:
     yield "layer_norm_modulate", "c1280", (meta(2, 256, 1280), None, None, c[1], c[1], 1e-5)
     yield "layer_norm_modulate", "c1152 modulated", (meta(2, 256, 1152), meta(2, 1152), meta(2, 1152), None, None, 1e-6)
     yield "geglu", "c1280", (meta(2, 4096, 2560),)
+    yield "rms_norm", "c4096", (meta(1, 512, 4096), meta(4096), 1e-6)
+    yield "rms_norm", "c10240", (meta(1, 512, 10240), None, 1e-6)
+    yield "gate_residual", "c3072", (meta(1, 1024, 3072), meta(1, 1024, 3072), meta(1, 3072))
+    flux, text, w = meta(1, 4096, 3, 24, 128), meta(1, 512, 3, 24, 128), [meta(128)] * 4
+    angles = [meta(t, 64, dtype=torch.float32) for t in (4096, 4608)]
+    yield "qk_norm_rope", "flux joint", (flux, text, *w, angles[1], angles[1], True, 1e-6)
+    yield "qk_norm_rope", "flux single", (flux, None, *w[:2], None, None, angles[0], angles[0], True, 1e-6)
+    yield "qk_norm_rope", "halves", (flux, None, *w[:2], None, None, angles[0], angles[0], False, 1e-6)
+    yield "qk_norm_rope", "sd3 join", (meta(2, 4096, 3, 24, 64), meta(2, 333, 3, 24, 64), *[None] * 6, True, None)
     yield "upsample2x", "nhwc", (meta(2, 640, 32, 32, last=True),)
     yield "upsample2x", "nchw", (meta(2, 640, 32, 32),)
     table, row = meta(20, 4, dtype=torch.float64), meta(1, dtype=torch.int64)[0]

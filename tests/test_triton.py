@@ -21,7 +21,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("attention", "geglu", "group_norm_silu", "layer_norm_modulate", "lincomb", "upsample2x")
+OPS = ("attention", "gate_residual", "geglu", "group_norm_silu", "layer_norm_modulate", "lincomb", "qk_norm_rope",
+       "rms_norm", "upsample2x")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTERPRETED_BYTES = 1e6  # larger cases take the interpreter seconds; the kernels do not know sizes apart
 INTERPRETED_FLOPS = 5e7
@@ -76,6 +77,12 @@ def extra_cases(module: Any, op: str) -> Iterator[tuple[str, str, dict]]:
     if op == "layer_norm_modulate":
         for name in ("ragged", "both", "shared_condition"):
             yield f"{name} pieces", name, {"config": module.Config(2, 16, 1)}
+    if op == "rms_norm":
+        for name in ("ragged", "plain"):
+            yield f"{name} pieces", name, {"config": module.Config(2, 16, 1)}
+    if op == "qk_norm_rope":
+        for name in ("ragged", "halves"):
+            yield f"{name} head by head", name, {"config": module.Config(1, 1)}
     if op == "attention":
         for name in ("block_causal", "causal_longer_queries", "bias_keys_masked_row", "packed_qkv", "sharp"):
             yield f"{name} tiles", name, {"config": module.Config(32, 16, 4, 1)}
@@ -191,6 +198,9 @@ def test_sizes_of_one_compile() -> None:
 
     calls = [("upsample2x", (e(1, 1, 1, 1),)), ("upsample2x", (e(2, 4, 3, 1, last=True),)), ("geglu", (e(2),)),
              ("layer_norm_modulate", (e(1, 1, 1), e(1, 1), e(1, 1), e(1), e(1), 1e-5)),
+             ("rms_norm", (e(1, 1), e(1), 1e-5)), ("gate_residual", (e(1, 1, 1), e(1, 1, 1), e(1, 1))),
+             ("qk_norm_rope", (e(1, 1, 3, 1, 2), e(1, 1, 3, 1, 2), *[e(2)] * 4, e(2, 1), e(2, 1), True, 1e-5)),
+             ("qk_norm_rope", (e(1, 1, 3, 1, 2), None, *[None] * 4, e(1, 1, 1), e(1, 1, 1), False, None)),
              ("group_norm_silu", (e(1, 1, 1, 1), e(1, 1), 1, e(1), e(1), 1e-5, True)),
              ("group_norm_silu", (e(1, 1, 1, 40000), e(1, 1), 1, e(1), e(1), 1e-5, True)),
              ("lincomb", (e(1, 1, dtype=torch.float64), None, [e(dtype=torch.float64)])),

@@ -35,12 +35,8 @@ inline Modulation<A> modulation(const Tensor& x, const Rows& rows, const Optiona
     const std::vector<A> s = parameters<A>(shift, conditions, c, 0);
     for (size_t i = 0; i < s.size(); ++i) m.offset[i] += s[i];
   }
-  for (std::vector<A>* p : {&m.gain, &m.offset}) {
-    const std::vector<A> in_order = *p;
-    for (int64_t r = 0; r < conditions; ++r)
-      for (int64_t i = 0; i < c; ++i) (*p)[size_t(r * c + slot<T>(i, c))] = in_order[size_t(r * c + i)];
-    p->resize(p->size() + kLanes<A>);  // the last vector is read whole
-  }
+  m.gain = in_slot_order<T>(m.gain, conditions, c);
+  m.offset = in_slot_order<T>(m.offset, conditions, c);
   return m;
 }
 

@@ -22,6 +22,15 @@ inline int64_t slot(int64_t i, int64_t n) {
   return i / pair * pair + (i & 1) * (pair / 2) + i % pair / 2;
 }
 
+// Parameters of rows of T, `count` times c of them, each where it is met; the last vector can be read whole.
+template <class T, class A>
+inline std::vector<A> in_slot_order(const std::vector<A>& plain, int64_t count, int64_t c) {
+  std::vector<A> out(plain.size() + kLanes<A>);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t i = 0; i < c; ++i) out[size_t(r * c + slot<T>(i, c))] = plain[size_t(r * c + i)];
+  return out;
+}
+
 template <class T>
 inline void load_pair(const T* p, Vector<Acc<T>>& a, Vector<Acc<T>>& b) {
   if constexpr (kInterleaved<T>) {

@@ -9,6 +9,7 @@ from . import _load, _op
 from .attention import attention
 from .conv2d import conv2d
 from .conv2d_q8 import conv2d_q8
+from .gate_residual import gate_residual
 from .geglu import geglu
 from .geglu_q8 import geglu_q8
 from .group_norm_silu import group_norm_silu
@@ -19,7 +20,9 @@ from .lincomb import lincomb
 from .linear_geglu import linear_geglu
 from .linear_geglu_q8 import linear_geglu_q8
 from .pack_weight import pack_weight
+from .qk_norm_rope import qk_norm_rope
 from .quantize import quantize
+from .rms_norm import rms_norm
 from .upsample2x import upsample2x
 
 ROWS = _op.ROWS
@@ -28,7 +31,7 @@ CUDA_LIBRARY = _load.load_cuda()
 _op.register_triton()
 
 __all__ = [
-    "attention", "conv2d", "conv2d_q8", "geglu", "geglu_q8", "group_norm_silu", "group_norm_silu_q8",
+    "attention", "conv2d", "conv2d_q8", "gate_residual", "geglu", "geglu_q8", "group_norm_silu", "group_norm_silu_q8",
     "layer_norm_modulate", "layer_norm_modulate_q8", "lincomb", "linear_geglu", "linear_geglu_q8", "pack_weight",
-    "quantize", "upsample2x",
+    "qk_norm_rope", "quantize", "rms_norm", "upsample2x",
 ]
