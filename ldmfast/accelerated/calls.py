@@ -33,6 +33,26 @@ def unet_2d(native: Any, given: Arguments) -> Any:
     return UNet2DOutput(sample=out) if packaged else (out,)
 
 
+def sd3(native: Any, given: Arguments) -> Any:
+    return _joint(native, given)
+
+
+def flux(native: Any, given: Arguments) -> Any:
+    if not isinstance(given.get("timestep"), Tensor):
+        raise ShapeError("diffusers takes the timestep as a tensor only")
+    return _joint(native, given)
+
+
+def _joint(native: Any, given: Arguments) -> Any:
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    sample, timestep, packaged = given.pop("hidden_states"), given.pop("timestep", None), given.pop("return_dict", True)
+    if timestep is None:
+        raise ShapeError("it needs a timestep")
+    out = _like(native(sample, timestep, **given), sample)
+    return Transformer2DModelOutput(sample=out) if packaged else (out,)
+
+
 def autoencoder_half(part: str) -> Callable[[Any, Arguments], Tensor]:
     """The encoder or decoder inside an autoencoder. What is around it (quant_conv, codebook, slicing, tiling with
     its blending, posterior) stays diffusers', which costs next to nothing and keeps every switch."""
@@ -63,6 +83,8 @@ def _like(out: Tensor, sample: Tensor) -> Tensor:
 CALLS: dict[str, dict[str, Callable[[Any, Arguments], Any]]] = {
     "UNet2DConditionModel": {"": unet_2d_condition},
     "UNet2DModel": {"": unet_2d},
+    "SD3Transformer2DModel": {"": sd3},
+    "FluxTransformer2DModel": {"": flux},
     **{name: {part: autoencoder_half(part) for part in ("encoder", "decoder")}
        for name in ("AutoencoderKL", "AutoencoderTiny", "VQModel")},
 }

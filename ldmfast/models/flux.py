@@ -166,8 +166,8 @@ class FluxTransformer2D(Model):
                 controlnet_blocks_repeat: bool = False) -> Tensor:
         """The predicted velocity (N, image tokens, channels).
 
-        sample: (N, image tokens, in_channels), latents in 2x2 patches. timestep: number, or tensor () or (N,), from 0 to
-        1. With ``state`` from prepare() no conditions are given; without it they are the arguments of prepare().
+        sample: (N, image tokens, in_channels), latents in 2x2 patches. timestep: number, or tensor () or (N,), from 0
+        to 1. With ``state`` from prepare() no conditions are given; without it they are the arguments of prepare().
         controlnet_*: residuals (N, image tokens, D), spread over the blocks (controlnet_blocks_repeat: in turn).
         Raises ShapeError for sizes that do not fit, LdmfastError for contradicting arguments.
         """
