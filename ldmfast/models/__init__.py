@@ -15,6 +15,9 @@ from .autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Posterior
 from .autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from .base import Config, Model
 from .clip_text import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from .dit import DiT, DiTConfig
+from .pixart import PixArt, PixArtConfig
+from .transformer_blocks import TransformerState
 from .unet_2d import UNet2D
 from .unet_2d_condition import UNet2DCondition
 from .unet_config import UNet2DConditionConfig, UNet2DConfig
@@ -28,6 +31,8 @@ REGISTRY: dict[str, tuple[type[Config], type[Model]]] = {
     "AutoencoderKL": (AutoencoderKLConfig, AutoencoderKL),
     "AutoencoderTiny": (AutoencoderTinyConfig, AutoencoderTiny),
     "VQModel": (VQModelConfig, VQModel),
+    "DiTTransformer2DModel": (DiTConfig, DiT),
+    "PixArtTransformer2DModel": (PixArtConfig, PixArt),
 }
 # the same for transformers' text encoders
 TEXT_ENCODERS: dict[str, tuple[type[Config], type[Model]]] = {
@@ -62,7 +67,8 @@ def from_diffusers(module: nn.Module, dtype: torch.dtype | None = None, precisio
 
 __all__ = [
     "REGISTRY", "TEXT_ENCODERS", "AutoencoderKL", "AutoencoderKLConfig", "AutoencoderTiny", "AutoencoderTinyConfig",
-    "CLIPTextConfig", "CLIPTextModel", "CLIPTextModelWithProjection", "Config", "Model", "Posterior", "UNet2D",
+    "CLIPTextConfig", "CLIPTextModel", "CLIPTextModelWithProjection", "Config", "DiT", "DiTConfig", "Model", "PixArt",
+    "PixArtConfig", "Posterior", "TransformerState", "UNet2D",
     "UNet2DCondition", "UNet2DConditionConfig", "UNet2DConfig", "UNetState", "VQModel",
     "VQModelConfig", "from_diffusers",
 ]

@@ -32,10 +32,11 @@ def check_values(config: Any) -> None:
     depth = max(_total(getattr(config, f"{way}transformer_layers_per_block", 1)) for way in ("", "reverse_"))
     levels = len(getattr(config, "block_out_channels", ()))
     encoders = _total(getattr(config, "num_encoder_blocks", ())) + _total(getattr(config, "num_decoder_blocks", ()))
-    blocks = max(layers * depth * levels, encoders, _total(getattr(config, "num_hidden_layers", 1)))
+    plain = max(_total(getattr(config, key, 1)) for key in ("num_hidden_layers", "num_layers"))
+    blocks = max(layers * depth * levels, encoders, plain)
     if blocks > MAX_LAYERS:
-        raise CheckpointError("config keys 'layers_per_block', 'transformer_layers_per_block', 'num_encoder_blocks' or "
-                              f"'num_hidden_layers' ask for {blocks} blocks, the limit is {MAX_LAYERS}")
+        raise CheckpointError("config keys 'layers_per_block', 'transformer_layers_per_block', 'num_encoder_blocks', "
+                              f"'num_hidden_layers' or 'num_layers' ask for {blocks} blocks, the limit is {MAX_LAYERS}")
 
 
 def _total(value: Any) -> int:
