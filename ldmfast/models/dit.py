@@ -164,7 +164,7 @@ class DiT(Model):
         for block in self.transformer_blocks:
             emb = block.norm1.emb  # type: ignore[union-attr]
             if id(emb) not in embedded:
-                embedded[id(emb)] = by_rows(F.silu, emb(t, distinct))  # type: ignore[operator,arg-type]
+                embedded[id(emb)] = by_rows(F.silu, emb(t, distinct))  # type: ignore[operator]
         first = embedded[id(self.transformer_blocks[0].norm1.emb)]  # type: ignore[union-attr]
         shape = (len(times), len(distinct))
         last = by_rows(self.proj_out_1, first).view(*shape, 2, -1).transpose(1, 2)
@@ -211,8 +211,8 @@ class DiT(Model):
         if labels is None:
             raise ShapeError("this model is class-conditional: pass class_labels, one for each picture")
         if labels.ndim != 1 or labels.is_floating_point():
-            raise ShapeError(f"class_labels has shape {tuple(labels.shape)} and dtype {labels.dtype}, needs (pictures,) "
-                             "of integers")
+            raise ShapeError(f"class_labels has shape {tuple(labels.shape)} and dtype {labels.dtype}, needs "
+                             "(pictures,) of integers")
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
             raise ShapeError(f"class_labels reach {int(labels.min())}..{int(labels.max())}, the model has classes "
                              f"0..{classes - 1}, and {classes} for none")
@@ -220,7 +220,7 @@ class DiT(Model):
 
 
 def _share_embedders(model: DiT) -> None:
-    norms: list[Any] = [block.norm1 for block in model.transformer_blocks]  # type: ignore[union-attr]
+    norms: list[Any] = [block.norm1 for block in model.transformer_blocks]
     if not norms:
         return
     first = norms[0].emb

@@ -143,10 +143,11 @@ class PixArt(Model):
         mask = encoder_attention_mask
         if prompt is None and mask is not None:
             raise ShapeError("encoder_attention_mask was given to a model without prompts; leave it out")
-        batch = None if prompt is None else len(prompt)
+        batch: int | None = None if prompt is None else len(prompt)
         if prompt is not None and mask is not None:
             prompt, mask = _without_hidden_end(prompt, mask)
         micro, which = self._micro(added_cond_kwargs, batch)
+        batch = len(which) if batch is None and which is not None else batch
         t = torch.tensor(times, dtype=torch.float64, device=self.device)
         embedded = self.adaln_single.emb.timestep_embedder(t)[:, None]
         embedded = embedded if micro is None else embedded + micro
@@ -159,7 +160,7 @@ class PixArt(Model):
         return TransformerState(
             {x: i for i, x in enumerate(times)}, which, rows.view(*shape, 6, -1).transpose(1, 2)[:, None], last,
             () if prompt is None else tuple(b.attn2.keys_values(prompt) for b in blocks),
-            self._bias("encoder_attention_mask", mask, batch), len(which) if batch is None and which is not None else batch)
+            self._bias("encoder_attention_mask", mask, batch), batch)
 
     @torch.no_grad()
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor | None = None, *,
@@ -186,7 +187,8 @@ class PixArt(Model):
         net = self.at(as_list(timestep))
         x = net.pos_embed(sample.to(self.dtype))
         shared, = step.rows
-        for i, block in enumerate(net.transformer_blocks):
+        blocks: Any = net.transformer_blocks
+        for i, block in enumerate(blocks):
             x = block(x, block.scale_shift_table[:, None] + shared, step, step.prompts[i] if step.prompts else None)
         shift, scale = step.last
         return unpatchify(net.proj_out(net.norm_out(x, scale, shift, net.proj_out)), grid, self.config.patch_size)

@@ -53,8 +53,8 @@ class PatchEmbed(Direct):
         """Patches along height and width. Raises ShapeError for a sample that this network does not take."""
         c, p = self.proj.in_channels, self.patch
         if sample.ndim != 4 or sample.shape[1] != c or sample.shape[2] % p or sample.shape[3] % p:
-            raise ShapeError(f"sample has shape {tuple(sample.shape)}, needs (pictures, {c}, height, width), height and "
-                             f"width multiples of the patch size {p}")
+            raise ShapeError(f"sample has shape {tuple(sample.shape)}, needs (pictures, {c}, height, width), height "
+                             f"and width multiples of the patch size {p}")
         return sample.shape[2] // p, sample.shape[3] // p
 
     def forward(self, sample: Tensor) -> Tensor:

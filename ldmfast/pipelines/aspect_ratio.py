@@ -1,5 +1,5 @@
-"""The picture sizes that PixArt was trained at: a call takes the one nearest in aspect ratio and fits the picture to the
-size that was asked for (Chen et al. 2023, section 3.2; diffusers' use_resolution_binning)."""
+"""The picture sizes that PixArt was trained at: a call takes the one nearest in aspect ratio and fits the picture to
+the size that was asked for (Chen et al. 2023, section 3.2; diffusers' use_resolution_binning)."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, DeviceError, PrecisionError
 from ..models import REGISTRY, TEXT_ENCODERS
 from ..quantization import Plan, store
 from ..samplers import Schedule
-from .t5_text import T5Encoder, load_t5
+from .t5_text import load_t5
 from .text import TextEncoder
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -29,7 +29,7 @@ class Components:
 
     unet: Any
     vae: Any
-    text_encoders: tuple[TextEncoder | T5Encoder, ...]
+    text_encoders: tuple[Any, ...]  # TextEncoder, or one T5Encoder
     schedule: Schedule
     scheduler_config: dict[str, Any]
     index: dict[str, Any] = field(default_factory=dict)
@@ -199,13 +199,13 @@ def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device)
     scheduler_config = _scheduler_config(parts)
     schedule = Schedule.from_config(scheduler_config)
     two = "text_encoder_2" in names
-    encoders: list[TextEncoder | T5Encoder] = []
+    encoders: list[Any] = []
     for suffix in ("", "_2"):
         if f"text_encoder{suffix}" not in names:
             continue
         if f"tokenizer{suffix}" not in names:
             raise CheckpointError(f"{parts.path}: has part 'text_encoder{suffix}' but no 'tokenizer{suffix}'")
-        if parts.class_name(f"text_encoder{suffix}") == "T5EncoderModel":
+        if part == "transformer" and parts.class_name(f"text_encoder{suffix}") == "T5EncoderModel":
             encoders.append(load_t5(parts, suffix, dtype, device))
             continue
         encoders.append(TextEncoder(_tokenizer(parts, f"tokenizer{suffix}"),

@@ -169,13 +169,14 @@ class Pipeline:
             to the encoded picture's (4-channel networks).
         height, width: pixels, multiples of 8 (default: the network's training size, or the given image's size).
         num_inference_steps, guidance_scale, solver: default to what the checkpoint recommends (``ldmfast.json``),
-            otherwise 50, 7.5 (DiT 4, PixArt 4.5 and 20 steps) and "dpmpp_2m". ``timesteps`` or ``sigmas`` give the steps explicitly.
+            otherwise 50, 7.5 (DiT 4, PixArt 4.5 and 20 steps) and "dpmpp_2m". ``timesteps`` or ``sigmas``
+            give the steps explicitly.
         generator: an int (picture i uses seed + i), a torch.Generator (as diffusers: one stream for the batch), or
             a list with one int or Generator a picture. None draws a seed from torch's global generator.
         latents: (N, C, h, w) starting noise of unit variance instead of drawing it.
         strength: 0 to 1, how much of the picture is redrawn (default 0.8; 1.0 when inpainting).
-        class_labels: for class-conditional networks; DiT makes a picture for each. prompt_attention_mask: beside PixArt's
-            prompt_embeds, (prompts, tokens), 1 for the prompt's tokens. max_sequence_length: tokens of a T5 prompt.
+        class_labels: for class-conditional networks; DiT makes a picture for each. prompt_attention_mask: beside
+            PixArt's prompt_embeds, (prompts, tokens), 1 for the prompt's tokens. max_sequence_length: tokens of a T5 prompt.
             use_resolution_binning: PixArt runs at the training size that is nearest in aspect ratio.
         output_type: "pil", "np" (N, H, W, 3), "pt" (N, 3, H, W), both in [0, 1], or "latent" (the VAE's units
             times its scaling factor).

@@ -213,8 +213,8 @@ def _check_masks(pipe: Pipeline, a: dict[str, Any], scale: float) -> None:
     for name in ("prompt", "negative_prompt") if scale > 1 else ("prompt",):
         embeds, mask = a[f"{name}_embeds"], a[f"{name}_attention_mask"]
         if not isinstance(mask, torch.Tensor) or (embeds is not None and mask.shape != embeds.shape[:2]):
-            raise ShapeError(f"{name}_embeds need {name}_attention_mask beside them, (prompts, tokens), 1 for tokens of "
-                             "the prompt")
+            raise ShapeError(f"{name}_embeds need {name}_attention_mask beside them, (prompts, tokens), 1 for "
+                             "tokens of the prompt")
 
 
 def _longest(pipe: Pipeline) -> int:

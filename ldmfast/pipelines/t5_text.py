@@ -75,17 +75,17 @@ def load_t5(parts: Parts, suffix: str, dtype: torch.dtype, device: torch.device)
 
 
 def _tokenizer(parts: Parts, part: str) -> Any:
-    from transformers import T5TokenizerFast
+    from transformers import AutoTokenizer
 
     folder = parts.folder(part)
     if folder is None:
         raise CheckpointError(f"{parts.path}: holds no T5 tokenizer; open the model's diffusers folder")
     try:
-        return T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise CheckpointError(f"{parts.path}: part {part!r} is not a readable T5 tokenizer "
-                              f"({(str(error).splitlines() or ['?'])[0]}); tokenizer.json is needed where sentencepiece "
-                              "is not installed") from error
+                              f"({(str(error).splitlines() or ['?'])[0]}); tokenizer.json is needed where "
+                              "sentencepiece is not installed") from error
 
 
 def _model(parts: Parts, part: str, dtype: torch.dtype, device: torch.device) -> Any:

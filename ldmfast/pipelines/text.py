@@ -34,8 +34,8 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """states: (N, tokens, width) for cross-attention; pooled: (N, width) or None (only SDXL uses it); mask: (N, tokens),
-    1 keep and 0 hide, or None (only T5 has one)."""
+    """states: (N, tokens, width) for cross-attention; pooled: (N, width) or None (only SDXL uses it); mask: (N,
+    tokens), 1 keep and 0 hide, or None (only T5 has one)."""
 
     states: torch.Tensor
     pooled: torch.Tensor | None = None

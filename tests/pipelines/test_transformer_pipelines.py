@@ -11,6 +11,7 @@ import ldmfast
 from ldmfast.errors import LdmfastError, ShapeError
 
 LIMIT = 1e-4
+AS_GIVEN = {"use_resolution_binning": False, "clean_caption": False}  # cleaning needs packages of its own
 
 
 def worst(a, b) -> float:
@@ -65,7 +66,7 @@ def test_dit(dit, call) -> None:
 def test_pixart_alpha(alpha, call) -> None:
     theirs, ours = alpha
     count = (2 if isinstance(call["prompt"], list) else 1) * call.get("num_images_per_prompt", 1)
-    expected = theirs(**call, generator=seeds(*range(count)), output_type="np", use_resolution_binning=False, clean_caption=False).images
+    expected = theirs(**call, generator=seeds(*range(count)), output_type="np", **AS_GIVEN).images
     got = ours(**call, generator=list(range(count)), output_type="np", use_resolution_binning=False, progress=False)
     assert expected.std() > 0.05
     assert worst(got.images, expected) <= LIMIT
@@ -74,7 +75,7 @@ def test_pixart_alpha(alpha, call) -> None:
 def test_pixart_sigma(sigma) -> None:
     theirs, ours = sigma
     call = {"prompt": ["a red cat", "an old house in rain"], "num_inference_steps": 5, "output_type": "np"}
-    expected = theirs(**call, generator=seeds(3, 4), use_resolution_binning=False, clean_caption=False).images
+    expected = theirs(**call, generator=seeds(3, 4), **AS_GIVEN).images
     assert worst(ours(**call, generator=[3, 4], progress=False).images, expected) <= LIMIT
 
 
@@ -85,7 +86,7 @@ def test_prompt_embeddings_of_diffusers(sigma) -> None:
     with torch.no_grad():
         given = dict(zip(names, theirs.encode_prompt("two dogs", negative_prompt="a house")))
     call = {"num_inference_steps": 3, "output_type": "np", **given}
-    expected = theirs(**call, negative_prompt=None, generator=seeds(3), use_resolution_binning=False, clean_caption=False).images
+    expected = theirs(**call, negative_prompt=None, generator=seeds(3), **AS_GIVEN).images
     assert worst(ours(**call, generator=3, progress=False).images, expected) <= LIMIT
     with pytest.raises(ShapeError, match="negative_prompt_attention_mask"):
         ours(**call | {"negative_prompt_attention_mask": None})
@@ -122,7 +123,7 @@ def test_a_prompt_is_encoded_once(sigma) -> None:
 def test_a_long_prompt_is_cut_with_a_warning(sigma) -> None:
     theirs, ours = sigma
     call = {"prompt": "a red cat on the moon", "num_inference_steps": 2, "max_sequence_length": 4, "output_type": "np"}
-    expected = theirs(**call, generator=seeds(3), use_resolution_binning=False, clean_caption=False).images
+    expected = theirs(**call, generator=seeds(3), **AS_GIVEN).images
     with pytest.warns(UserWarning, match="cut off: 'on the moon'"):
         got = ours(**call, generator=3, progress=False).images
     assert worst(got, expected) <= LIMIT

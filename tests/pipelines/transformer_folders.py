@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from conftest import _randomise, _vae
 
-WORDS = "a red cat two dogs on the moon in rain painting of an old house blurry very wide view".split()
+WORDS = ("a", "red", "cat", "two", "dogs", "on", "the", "moon", "in", "rain", "painting", "of", "an", "old", "house",
+         "blurry", "very", "wide", "view")
 
 
 def tokenizer():
@@ -12,7 +13,7 @@ def tokenizer():
     from transformers import T5Tokenizer
 
     letters = [(c, -6.0) for c in "abcdefghijklmnopqrstuvwxyz,.!"]
-    words = [(f"▁{w}", -3.0 - 0.01 * i) for i, w in enumerate(dict.fromkeys(WORDS))]
+    words = [(f"▁{w}", -3.0 - 0.01 * i) for i, w in enumerate(WORDS)]
     return T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -5.0), *words, *letters],
                        extra_ids=0)
 
