@@ -44,12 +44,32 @@ def flux(native: Any, given: Arguments) -> Any:
 
 
 def _joint(native: Any, given: Arguments) -> Any:
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
     sample, timestep, packaged = given.pop("hidden_states"), given.pop("timestep", None), given.pop("return_dict", True)
     if timestep is None:
         raise ShapeError("it needs a timestep")
-    out = _like(native(sample, timestep, **given), sample)
+    return _transformer_output(_like(native(sample, timestep, **given), sample), packaged)
+
+
+def dit(native: Any, given: Arguments) -> Any:
+    sample, timestep, packaged = given.pop("hidden_states"), given.pop("timestep", None), given.pop("return_dict", True)
+    labels = given.get("class_labels")
+    if timestep is None or labels is None or given.get("cross_attention_kwargs"):
+        raise ShapeError("it needs timestep and class_labels, and takes no cross_attention_kwargs")
+    if sample.shape[-1] != sample.shape[-2]:
+        raise ShapeError("diffusers takes square pictures only")
+    return _transformer_output(_like(native(sample, timestep, class_labels=labels), sample), packaged)
+
+
+def pixart(native: Any, given: Arguments) -> Any:
+    sample, timestep, packaged = given.pop("hidden_states"), given.pop("timestep", None), given.pop("return_dict", True)
+    if timestep is None or given.pop("cross_attention_kwargs", None):
+        raise ShapeError("it needs a timestep, and takes no cross_attention_kwargs")
+    return _transformer_output(_like(native(sample, timestep, **given), sample), packaged)
+
+
+def _transformer_output(out: Tensor, packaged: bool) -> Any:
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
     return Transformer2DModelOutput(sample=out) if packaged else (out,)
 
 
@@ -85,6 +105,8 @@ CALLS: dict[str, dict[str, Callable[[Any, Arguments], Any]]] = {
     "UNet2DModel": {"": unet_2d},
     "SD3Transformer2DModel": {"": sd3},
     "FluxTransformer2DModel": {"": flux},
+    "DiTTransformer2DModel": {"": dit},
+    "PixArtTransformer2DModel": {"": pixart},
     **{name: {part: autoencoder_half(part) for part in ("encoder", "decoder")}
        for name in ("AutoencoderKL", "AutoencoderTiny", "VQModel")},
 }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import checkpoints
+from ..models import DiT, PixArt
 from .inputs import GeneratorLike
 from .load import ASSETS, Components, load, resolve_device, resolve_precision
 from .output import PipelineOutput
@@ -99,7 +100,8 @@ class Pipeline:
     @property
     def components(self) -> dict[str, Any]:
         """The parts by name, as in diffusers."""
-        parts: dict[str, Any] = {"unet": self.unet, "vae": self.vae, "scheduler": self.schedule}
+        name = "transformer" if isinstance(self.unet, (DiT, PixArt)) else "unet"
+        parts: dict[str, Any] = {name: self.unet, "vae": self.vae, "scheduler": self.schedule}
         for suffix, encoder in zip(("", "_2"), self.loaded.text_encoders):
             parts[f"text_encoder{suffix}"] = encoder.model
             parts[f"tokenizer{suffix}"] = encoder.tokenizer
@@ -140,6 +142,8 @@ class Pipeline:
         pooled_prompt_embeds: torch.Tensor | None = None,
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         *,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -149,6 +153,8 @@ class Pipeline:
         guidance_rescale: float = 0.0,
         clip_skip: int | None = None,
         class_labels: Any = None,
+        max_sequence_length: int | None = None,
+        use_resolution_binning: bool = True,
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
@@ -163,11 +169,15 @@ class Pipeline:
             to the encoded picture's (4-channel networks).
         height, width: pixels, multiples of 8 (default: the network's training size, or the given image's size).
         num_inference_steps, guidance_scale, solver: default to what the checkpoint recommends (``ldmfast.json``),
-            otherwise 50, 7.5 and "dpmpp_2m". ``timesteps`` or ``sigmas`` give the steps explicitly.
+            otherwise 50, 7.5 (DiT 4, PixArt 4.5 and 20 steps) and "dpmpp_2m". ``timesteps`` or ``sigmas``
+            give the steps explicitly.
         generator: an int (picture i uses seed + i), a torch.Generator (as diffusers: one stream for the batch), or
             a list with one int or Generator a picture. None draws a seed from torch's global generator.
         latents: (N, C, h, w) starting noise of unit variance instead of drawing it.
         strength: 0 to 1, how much of the picture is redrawn (default 0.8; 1.0 when inpainting).
+        class_labels: for class-conditional networks; DiT makes a picture for each. prompt_attention_mask: beside
+            PixArt's prompt_embeds, (prompts, tokens), 1 for the prompt's tokens. max_sequence_length: tokens of a T5 prompt.
+            use_resolution_binning: PixArt runs at the training size that is nearest in aspect ratio.
         output_type: "pil", "np" (N, H, W, 3), "pt" (N, 3, H, W), both in [0, 1], or "latent" (the VAE's units
             times its scaling factor).
         callback_on_step_end(call, step, timestep, {"latents": x}): may return {"latents": replacement};

@@ -58,6 +58,9 @@ def repeat(pipe: Pipeline, settings: dict[str, Any], *, image: Any, mask_image: 
     for name in ("original_size", "target_size", "crops_coords_top_left"):
         if settings.get(name) is not None:
             arguments[name] = tuple(settings[name])
+    for name in ("use_resolution_binning", "max_sequence_length"):
+        if settings.get(name) is not None:
+            arguments[name] = settings[name]
     out = pipe(**arguments, generator=[row["seed"] for row in rows], progress=progress)
     assert isinstance(out, PipelineOutput)
     index = settings.get("index", 0) if settings.get("batch") else 0

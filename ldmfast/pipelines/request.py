@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import LdmfastError, ShapeError
+from ..models import DiT, PixArt
 from ..samplers import StepTable, make_table
+from .aspect_ratio import trained_size
 from .inputs import RandomSource, check_size, image_size, random_source
+from .t5_text import check_limit
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -33,8 +36,13 @@ class Request:
     negative_pooled_prompt_embeds: torch.Tensor | None
     pictures: int
     per_prompt: int
+    prompt_attention_mask: torch.Tensor | None
+    negative_prompt_attention_mask: torch.Tensor | None
+    max_sequence_length: int
     height: int
     width: int
+    asked_size: tuple[int, int]
+    binned: bool
     steps: int
     timesteps: list[float] | None
     sigmas: list[float] | None
@@ -56,10 +64,7 @@ class Request:
     target_size: tuple[int, int]
     callback: Callable[..., Any] | None
     progress: bool
-
-    @property
-    def guided(self) -> bool:
-        return self.negative_prompts is not None or self.negative_prompt_embeds is not None
+    guided: bool
 
     @classmethod
     def resolve(cls, pipe: Pipeline, **a: Any) -> Request:
@@ -74,12 +79,16 @@ class Request:
         scale = _number("guidance_scale", default_scale if a["guidance_scale"] is None else a["guidance_scale"])
         prompts, negatives, count = _prompts(pipe, a, scale)
         pictures = count * per_prompt
-        height, width = _size(pipe, a, mode)
+        asked = height, width = _size(pipe, a, mode)
+        if a["use_resolution_binning"] and isinstance(pipe.unet, PixArt):
+            height, width = trained_size(pipe.unet.config, height, width)
+        check_size(height, width, _multiple(pipe))
         _check_latents(pipe, a["latents"], pictures, height, width)
         strength = _strength(a["strength"], mode)
         table = _table(pipe, a, strength)
         embedded = _config(pipe, "time_cond_proj_dim") is not None
-        guided = scale > 1 and not embedded and (prompts is not None or a["prompt_embeds"] is not None)
+        conditional = prompts is not None or a["prompt_embeds"] is not None or isinstance(pipe.unet, DiT)
+        guided = scale > 1 and not embedded and conditional
         rescale = _number("guidance_rescale", a["guidance_rescale"])
         if guided and rescale == 0:
             table = table.with_guidance(scale)
@@ -90,7 +99,11 @@ class Request:
             negative_prompt_embeds=a["negative_prompt_embeds"] if guided else None,
             pooled_prompt_embeds=a["pooled_prompt_embeds"],
             negative_pooled_prompt_embeds=a["negative_pooled_prompt_embeds"],
-            pictures=pictures, per_prompt=per_prompt, height=height, width=width, steps=_steps(pipe, a),
+            prompt_attention_mask=a["prompt_attention_mask"],
+            negative_prompt_attention_mask=a["negative_prompt_attention_mask"] if guided else None,
+            max_sequence_length=check_limit(_longest(pipe), a["max_sequence_length"]),
+            pictures=pictures, per_prompt=per_prompt, height=height, width=width, asked_size=asked,
+            binned=bool(a["use_resolution_binning"]), steps=_steps(pipe, a), guided=guided,
             timesteps=None if a["timesteps"] is None else [float(t) for t in a["timesteps"]],
             sigmas=None if a["sigmas"] is None else [float(s) for s in a["sigmas"]],
             guidance_scale=scale, guidance_rescale=rescale, eta=_number("eta", a["eta"]),
@@ -153,6 +166,8 @@ def _prompts(pipe: Pipeline, a: dict[str, Any], scale: float) -> tuple[list[str]
                            "if the network is not conditioned on text")
     if prompt is not None and embeds is not None:
         raise LdmfastError("prompt and prompt_embeds were both given: give one of them")
+    if prompt is None and embeds is None and isinstance(pipe.unet, DiT):
+        return None, None, _pictures_of_labels(a)
     if prompt is None and embeds is None:
         if _config(pipe, "cross_attention_dim") is not None and pipe.loaded.text_encoders:
             raise LdmfastError("no prompt was given: give prompt (an empty text is allowed) or prompt_embeds")
@@ -164,6 +179,7 @@ def _prompts(pipe: Pipeline, a: dict[str, Any], scale: float) -> tuple[list[str]
         if value is not None and not bool(torch.isfinite(value).all()):
             raise LdmfastError(f"{name} holds NaN or infinite values: check how it was made")
     if embeds is not None:
+        _check_masks(pipe, a, scale)
         negative = a["negative_prompt_embeds"]
         if scale > 1 and negative is None and _config(pipe, "time_cond_proj_dim") is None:
             raise LdmfastError("guidance needs negative_prompt_embeds beside prompt_embeds: give them, "
@@ -183,9 +199,31 @@ def _prompts(pipe: Pipeline, a: dict[str, Any], scale: float) -> tuple[list[str]
     return prompts, negatives, len(prompts)
 
 
+def _pictures_of_labels(a: dict[str, Any]) -> int:
+    """A picture for each class label, unless num_images_per_prompt says that there are more."""
+    labels = a["class_labels"]
+    several = a["num_images_per_prompt"] == 1 and labels is not None
+    return max(1, torch.as_tensor(labels).numel()) if several else 1
+
+
+def _check_masks(pipe: Pipeline, a: dict[str, Any], scale: float) -> None:
+    """Of PixArt's prompt embeddings, which come with masks."""
+    if not isinstance(pipe.unet, PixArt):
+        return
+    for name in ("prompt", "negative_prompt") if scale > 1 else ("prompt",):
+        embeds, mask = a[f"{name}_embeds"], a[f"{name}_attention_mask"]
+        if not isinstance(mask, torch.Tensor) or (embeds is not None and mask.shape != embeds.shape[:2]):
+            raise ShapeError(f"{name}_embeds need {name}_attention_mask beside them, (prompts, tokens), 1 for "
+                             "tokens of the prompt")
+
+
+def _longest(pipe: Pipeline) -> int:
+    """Tokens of a prompt by default: PixArt sigma's 300, alpha's 120."""
+    return 300 if pipe.loaded.index.get("_class_name") == "PixArtSigmaPipeline" else 120
+
+
 def _size(pipe: Pipeline, a: dict[str, Any], mode: str) -> tuple[int, int]:
-    factor = pipe.vae_scale_factor
-    multiple = max(8, factor)
+    factor, multiple = pipe.vae_scale_factor, _multiple(pipe)
     sample = pipe.unet.config.sample_size
     if mode != "text2img":
         default_h, default_w = image_size(a["image"], multiple)
@@ -196,8 +234,13 @@ def _size(pipe: Pipeline, a: dict[str, Any], mode: str) -> tuple[int, int]:
         default_h, default_w = (int(s) * factor for s in pair)
     height = default_h if a["height"] is None else a["height"]
     width = default_w if a["width"] is None else a["width"]
-    check_size(height, width, multiple)
+    check_size(height, width, 1)
     return int(height), int(width)
+
+
+def _multiple(pipe: Pipeline) -> int:
+    """Pixels that height and width are multiples of."""
+    return max(8, pipe.vae_scale_factor * (_config(pipe, "patch_size") or 1))
 
 
 def _check_latents(pipe: Pipeline, latents: Any, pictures: int, height: int, width: int) -> None:
@@ -246,7 +289,7 @@ def _table(pipe: Pipeline, a: dict[str, Any], strength: float) -> StepTable:
 
 
 def _class_labels(pipe: Pipeline, labels: Any, pictures: int) -> torch.Tensor | None:
-    count = _config(pipe, "num_class_embeds")
+    count = _config(pipe, "num_class_embeds") or _config(pipe, "num_embeds_ada_norm")
     if labels is None:
         if count is not None:
             raise LdmfastError(f"the network is class-conditional: give class_labels from 0 to {count - 1}")

@@ -12,11 +12,14 @@ from PIL import Image
 
 from .. import __version__
 from ..errors import LdmfastError, ShapeError
+from ..models import DiT, PixArt
 from ..samplers import StopSampling, sample
+from .aspect_ratio import fit
 from .denoiser import Conditions, Denoiser, NanFinder, guidance_embedding, not_finite
 from .inputs import prepare_image, prepare_mask, repeat_to
 from .output import PipelineOutput, to_output
 from .request import Request
+from .t5_text import T5Encoder
 from .text import PromptEmbeds, encode_prompts
 
 if TYPE_CHECKING:
@@ -75,7 +78,7 @@ def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
     if request.output_type == "latent":
         images: Any = latents
     else:
-        images = to_output(decode(pipe, latents), request.output_type)
+        images = to_output(fit(decode(pipe, latents), *request.asked_size), request.output_type)
     return PipelineOutput(images, _settings(pipe, request), cancelled)
 
 
@@ -83,8 +86,9 @@ def _embeds(pipe: Pipeline, request: Request) -> tuple[PromptEmbeds, PromptEmbed
     """Embeddings of the prompts and of the negative prompts, one row a prompt."""
     if request.prompt_embeds is not None:
         negative = request.negative_prompt_embeds
-        return (PromptEmbeds(request.prompt_embeds, request.pooled_prompt_embeds),
-                None if negative is None else PromptEmbeds(negative, request.negative_pooled_prompt_embeds))
+        return (PromptEmbeds(request.prompt_embeds, request.pooled_prompt_embeds, request.prompt_attention_mask),
+                None if negative is None else PromptEmbeds(negative, request.negative_pooled_prompt_embeds,
+                                                           request.negative_prompt_attention_mask))
     if request.prompts is None:
         return None
     encoders = pipe.loaded.text_encoders
@@ -92,7 +96,10 @@ def _embeds(pipe: Pipeline, request: Request) -> tuple[PromptEmbeds, PromptEmbed
     force_zeros = (negatives is not None and not any(negatives) and len(encoders) == 2
                    and pipe.loaded.index.get("force_zeros_for_empty_prompt", True))
     prompts = request.prompts + ([] if negatives is None or force_zeros else negatives)
-    embeds = encode_prompts(encoders, prompts, clip_skip=request.clip_skip, one_by_one=pipe.precision == "exact")
+    if isinstance(encoders[0], T5Encoder):
+        embeds = encoders[0].encode(prompts, request.max_sequence_length)
+    else:
+        embeds = encode_prompts(encoders, prompts, clip_skip=request.clip_skip, one_by_one=pipe.precision == "exact")
     if force_zeros:
         return embeds, embeds.zeros_like()
     count = len(request.prompts)
@@ -107,12 +114,20 @@ def _branches(pipe: Pipeline, request: Request) -> list[Conditions]:
     labels = None if request.class_labels is None else request.class_labels.to(device)
     dim = getattr(config, "time_cond_proj_dim", None)
     guidance = None if dim is None else guidance_embedding(request.guidance_scale, n, dim).to(device, dtype)
+    if embeds is None and isinstance(pipe.unet, DiT) and labels is not None:
+        none = torch.full_like(labels, config.num_embeds_ada_norm)
+        return [Conditions(class_labels=rows) for rows in ((none, labels) if request.guided else (labels,))]
     if embeds is None:
         return [Conditions(class_labels=labels, timestep_cond=guidance)]
     time_ids = None
     if getattr(config, "addition_embed_type", None) == "text_time":
         ids = (*request.original_size, *request.crops_coords_top_left, *request.target_size)
         time_ids = torch.tensor([ids], dtype=dtype, device=device).expand(n, -1)
+    resolution = ratio = None
+    if isinstance(pipe.unet, PixArt) and config.micro:
+        sizes = torch.tensor([request.height, request.width], dtype=dtype, device=device)
+        resolution = sizes.expand(n, -1)
+        ratio = torch.tensor([request.height / request.width], dtype=dtype, device=device).expand(n, -1)
     branches = []
     for embed in (embeds[1], embeds[0]):
         if embed is None:
@@ -122,7 +137,8 @@ def _branches(pipe: Pipeline, request: Request) -> list[Conditions]:
         if time_ids is not None and pooled is None:
             raise LdmfastError("this network also needs pooled_prompt_embeds and negative_pooled_prompt_embeds")
         branches.append(Conditions(rows.states.to(device, dtype), pooled if time_ids is not None else None,
-                                   time_ids, labels, guidance))
+                                   time_ids, labels, guidance, None if rows.mask is None else rows.mask.to(device),
+                                   resolution, ratio))
     return branches
 
 
@@ -284,7 +300,8 @@ def _settings(pipe: Pipeline, request: Request) -> list[dict[str, Any]]:
     common: dict[str, Any] = {
         "ldmfast": __version__, "torch": torch.__version__, "model": pipe.source,
         "fingerprint": pipe.loaded.fingerprint, "precision": pipe.precision, "device": pipe.device.type,
-        "mode": request.mode, "height": request.height, "width": request.width,
+        "mode": request.mode, "height": request.asked_size[0], "width": request.asked_size[1],
+        "use_resolution_binning": request.binned, "max_sequence_length": request.max_sequence_length,
         "num_inference_steps": request.steps, "timesteps": request.timesteps, "sigmas": request.sigmas,
         "guidance_scale": request.guidance_scale, "guidance_rescale": request.guidance_rescale, "eta": request.eta,
         "solver": request.solver, "clip_skip": request.clip_skip, "strength": request.strength,
