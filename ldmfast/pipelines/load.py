@@ -198,9 +198,10 @@ def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device)
             raise CheckpointError(f"{parts.path}: has no part {needed!r}; it has {', '.join(sorted(names)) or 'none'}")
     scheduler_config = _scheduler_config(parts)
     schedule = Schedule.from_config(scheduler_config)
-    two = "text_encoder_2" in names
+    # of two CLIP encoders the states before the last layer are used
+    two = "text_encoder_2" in names and parts.class_name("text_encoder_2") != "T5EncoderModel"
     encoders: list[Any] = []
-    for suffix in ("", "_2"):
+    for suffix in ("", "_2", "_3"):
         if f"text_encoder{suffix}" not in names:
             continue
         if f"tokenizer{suffix}" not in names:

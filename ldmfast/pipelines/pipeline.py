@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .. import checkpoints
-from ..models import DiT, PixArt
+from ..errors import CheckpointError
+from ..models import DiT, FluxTransformer2D, PixArt, SD3Transformer2D
 from .inputs import GeneratorLike
 from .load import ASSETS, Components, load, resolve_device, resolve_precision
 from .output import PipelineOutput
@@ -52,7 +53,8 @@ class Pipeline:
         where = resolve_device(device)
         name, kind = resolve_precision(precision, dtype, where)
         parts = checkpoints.open_folder(Path(path), variant=variant)
-        return cls(load(parts, name, kind, where), precision=name, device=where, source=str(path))
+        found = family(parts) or cls
+        return found(load(parts, name, kind, where), precision=name, device=where, source=str(path))
 
     @classmethod
     def from_single_file(
@@ -100,9 +102,10 @@ class Pipeline:
     @property
     def components(self) -> dict[str, Any]:
         """The parts by name, as in diffusers."""
-        name = "transformer" if isinstance(self.unet, (DiT, PixArt)) else "unet"
+        transformers = (DiT, PixArt, SD3Transformer2D, FluxTransformer2D)
+        name = "transformer" if isinstance(self.unet, transformers) else "unet"
         parts: dict[str, Any] = {name: self.unet, "vae": self.vae, "scheduler": self.schedule}
-        for suffix, encoder in zip(("", "_2"), self.loaded.text_encoders):
+        for suffix, encoder in zip(("", "_2", "_3"), self.loaded.text_encoders):
             parts[f"text_encoder{suffix}"] = encoder.model
             parts[f"tokenizer{suffix}"] = encoder.tokenizer
         return parts
@@ -201,3 +204,18 @@ class Pipeline:
 
     def __repr__(self) -> str:
         return f"ldmfast.Pipeline({self.source!r}, precision={self.precision!r}, device={str(self.device)!r})"
+
+
+def family(parts: checkpoints.Parts) -> type[Pipeline] | None:
+    """The class of pipelines whose calls have other arguments, None for Pipeline's own. Raises CheckpointError for one of
+    such a family that is not supported."""
+    from .flux import FluxPipeline
+    from .sd3 import StableDiffusion3Pipeline
+
+    families: tuple[type[Pipeline], ...] = (FluxPipeline, StableDiffusion3Pipeline)
+    name = str(parts.index.get("_class_name"))
+    found = next((f for f in families if f.__name__ == name), None)
+    if found is None and name.startswith(("Flux", "StableDiffusion3")):
+        raise CheckpointError(f"{parts.path}: a {name} is not supported; of these families there are "
+                              f"{' and '.join(f.__name__ for f in families)}")
+    return found

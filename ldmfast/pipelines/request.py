@@ -74,9 +74,9 @@ class Request:
             raise LdmfastError(f"output_type={a['output_type']!r} is unknown: use one of {', '.join(OUTPUT_TYPES)}")
         if list(a["callback_on_step_end_tensor_inputs"]) != ["latents"]:
             raise LdmfastError("callback_on_step_end_tensor_inputs: only ['latents'] is offered")
-        per_prompt = _whole("num_images_per_prompt", a["num_images_per_prompt"], 1)
+        per_prompt = whole("num_images_per_prompt", a["num_images_per_prompt"], 1)
         default_scale = defaults.get("guidance_scale", 5.0 if len(pipe.loaded.text_encoders) == 2 else 7.5)
-        scale = _number("guidance_scale", default_scale if a["guidance_scale"] is None else a["guidance_scale"])
+        scale = number("guidance_scale", default_scale if a["guidance_scale"] is None else a["guidance_scale"])
         prompts, negatives, count = _prompts(pipe, a, scale)
         pictures = count * per_prompt
         asked = height, width = _size(pipe, a, mode)
@@ -89,7 +89,7 @@ class Request:
         embedded = _config(pipe, "time_cond_proj_dim") is not None
         conditional = prompts is not None or a["prompt_embeds"] is not None or isinstance(pipe.unet, DiT)
         guided = scale > 1 and not embedded and conditional
-        rescale = _number("guidance_rescale", a["guidance_rescale"])
+        rescale = number("guidance_rescale", a["guidance_rescale"])
         if guided and rescale == 0:
             table = table.with_guidance(scale)
         size = (height, width)
@@ -106,7 +106,7 @@ class Request:
             binned=bool(a["use_resolution_binning"]), steps=_steps(pipe, a), guided=guided,
             timesteps=None if a["timesteps"] is None else [float(t) for t in a["timesteps"]],
             sigmas=None if a["sigmas"] is None else [float(s) for s in a["sigmas"]],
-            guidance_scale=scale, guidance_rescale=rescale, eta=_number("eta", a["eta"]),
+            guidance_scale=scale, guidance_rescale=rescale, eta=number("eta", a["eta"]),
             random=random_source(a["generator"], pictures), latents=a["latents"], image=a["image"],
             mask_image=a["mask_image"], strength=strength, solver=_solver(pipe, a), table=table,
             output_type=a["output_type"], clip_skip=a["clip_skip"],
@@ -120,20 +120,20 @@ def _config(pipe: Pipeline, key: str) -> Any:
     return getattr(pipe.unet.config, key, None)
 
 
-def _whole(name: str, value: Any, least: int) -> int:
+def whole(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
         raise LdmfastError(f"{name}={value!r} is not a whole number of at least {least}")
     return int(value)
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
     try:
-        number = float(value)
+        found = float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number) or (number < 0 and name != "guidance_scale"):
+        found = math.nan
+    if not math.isfinite(found) or (found < 0 and name != "guidance_scale"):
         raise LdmfastError(f"{name}={value!r} is not a finite number" + (" >= 0" if name != "guidance_scale" else ""))
-    return number
+    return found
 
 
 def _mode(pipe: Pipeline, image: Any, mask: Any) -> str:
@@ -149,7 +149,7 @@ def _mode(pipe: Pipeline, image: Any, mask: Any) -> str:
     return mode
 
 
-def _texts(name: str, value: Any) -> list[str]:
+def texts_of(name: str, value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
         raise LdmfastError(f"{name} is a {type(value).__name__}: give a text or a list of texts")
@@ -188,9 +188,9 @@ def _prompts(pipe: Pipeline, a: dict[str, Any], scale: float) -> tuple[list[str]
             raise ShapeError(f"negative_prompt_embeds {tuple(negative.shape)} and prompt_embeds "
                              f"{tuple(embeds.shape)} must have one shape")
         return None, None, embeds.shape[0]
-    prompts = _texts("prompt", prompt)
+    prompts = texts_of("prompt", prompt)
     negative = a["negative_prompt"]
-    negatives = [""] if negative is None else _texts("negative_prompt", negative)
+    negatives = [""] if negative is None else texts_of("negative_prompt", negative)
     if len(negatives) == 1:
         negatives = negatives * len(prompts)
     if len(negatives) != len(prompts):
@@ -260,7 +260,7 @@ def _strength(value: Any, mode: str) -> float:
         if value is not None:
             raise LdmfastError("strength was given without image: it says how much of a picture is redrawn")
         return 1.0
-    strength = _number("strength", (0.8 if mode == "img2img" else 1.0) if value is None else value)
+    strength = number("strength", (0.8 if mode == "img2img" else 1.0) if value is None else value)
     if not 0 <= strength <= 1:
         raise LdmfastError(f"strength={value} is not between 0 and 1")
     return strength
@@ -276,13 +276,13 @@ def _steps(pipe: Pipeline, a: dict[str, Any]) -> int:
     value = a["num_inference_steps"]
     if value is None:
         value = pipe.loaded.defaults.get("num_inference_steps", 50)
-    return _whole("num_inference_steps", value, 1)
+    return whole("num_inference_steps", value, 1)
 
 
 def _table(pipe: Pipeline, a: dict[str, Any], strength: float) -> StepTable:
     explicit = a["timesteps"] is not None or a["sigmas"] is not None
     steps = None if explicit else _steps(pipe, a)
-    eta = _number("eta", a["eta"])
+    eta = number("eta", a["eta"])
     options: dict[str, Any] = {"eta": eta} if eta else {}
     return make_table(pipe.schedule, _solver(pipe, a), steps, timesteps=a["timesteps"], sigmas=a["sigmas"],
                       strength=strength, **options)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,15 +50,22 @@ class Call:
         return getattr(self._pipe, name)
 
 
-def run(pipe: Pipeline, request: Request) -> PipelineOutput:
-    """Encode, sample, decode. A call too large for the memory raises ShapeError."""
+@contextmanager
+def fits_memory(request: Request) -> Iterator[None]:
+    """Raises ShapeError for a call that is too large for the memory."""
     try:
-        return _run(pipe, request)
+        yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise ShapeError(f"{request.pictures} pictures of {request.width}x{request.height} do not fit into memory: "
                          "ask for fewer or smaller ones, or call enable_vae_tiling()") from error
+
+
+def run(pipe: Pipeline, request: Request) -> PipelineOutput:
+    """Encode, sample, decode. A call too large for the memory raises ShapeError."""
+    with fits_memory(request):
+        return _run(pipe, request)
 
 
 def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
@@ -71,10 +79,10 @@ def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
                         guidance_rescale=request.guidance_rescale)
 
     sampling_states = request.random.states()
-    latents, cancelled = _sample(pipe, request, denoiser(), x, blend)
+    latents, cancelled = sample_latents(pipe, request, denoiser(), x, blend)
     if not bool(torch.isfinite(latents).all()):
         request.random.restore(sampling_states)
-        _explain(pipe, request, denoiser(), x, blend)
+        explain_not_finite(pipe, request, denoiser(), x, blend)
     if request.output_type == "latent":
         images: Any = latents
     else:
@@ -190,7 +198,7 @@ def _blend(request: Request, mask: torch.Tensor, source: torch.Tensor | None, no
     return blend
 
 
-def _sample(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor, blend: Blend | None
+def sample_latents(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor, blend: Blend | None
             ) -> tuple[torch.Tensor, bool]:
     from tqdm import tqdm
 
@@ -228,7 +236,7 @@ def _user_callback(request: Request, call: Call, step: int, t: float, latents: t
     return replaced.to(latents)
 
 
-def _explain(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor, blend: Blend | None) -> None:
+def explain_not_finite(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor, blend: Blend | None) -> None:
     """Run the call again from the same random state, looking at every step, and raise what was found."""
     steps = request.table.num_steps
     done = 0

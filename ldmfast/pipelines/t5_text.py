@@ -40,6 +40,15 @@ class T5Encoder:
         mask = pad_sequence([r.new_ones(len(r), dtype=torch.long) for r in rows], batch_first=True)
         return PromptEmbeds(pad_sequence(rows, batch_first=True), None, mask)
 
+    def padded(self, prompts: list[str], length: int) -> Tensor:
+        """States (N, length, width) of prompts as they are, filled up with padding that the encoder sees as text: what
+        SD 3 and FLUX were trained with. Each prompt alone, and kept, as in encode()."""
+        rows = []
+        for prompt in prompts:
+            ids = self._tokens(prompt, length)
+            rows.append(self._states(ids + (self.tokenizer.pad_token_id,) * (length - len(ids))))
+        return torch.stack(rows)
+
     def _tokens(self, prompt: str, limit: int) -> tuple[int, ...]:
         with _LOCK:
             ids = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
