@@ -7,6 +7,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     ControlNetModel,
+    DiTTransformer2DModel,
+    PixArtTransformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
@@ -55,6 +57,17 @@ def vae_tiny(**changes) -> AutoencoderTiny:
 
 def vq(**changes) -> VQModel:
     return _seeded(VQModel, **_VAE | dict(num_vq_embeddings=32) | changes)
+
+
+def dit(**changes) -> DiTTransformer2DModel:
+    return _seeded(DiTTransformer2DModel, **dict(num_attention_heads=2, attention_head_dim=16, num_layers=2,
+                                                 sample_size=8, num_embeds_ada_norm=10, out_channels=8) | changes)
+
+
+def pixart(**changes) -> PixArtTransformer2DModel:
+    return _seeded(PixArtTransformer2DModel, **dict(num_attention_heads=2, attention_head_dim=24, num_layers=2,
+                                                    sample_size=16, cross_attention_dim=48, caption_channels=24)
+                   | changes)
 
 
 def inputs(batch: int = 2, size: int = 16, dim: int = 24, tokens: int = 7, seed: int = 1):
