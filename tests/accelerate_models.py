@@ -7,7 +7,9 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     ControlNetModel,
+    DiTTransformer2DModel,
     FluxTransformer2DModel,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
@@ -83,6 +85,17 @@ def joint_inputs(model, batch: int = 2, seed: int = 1) -> dict:
     ids = torch.stack([torch.zeros(20), torch.arange(20) // 5, torch.arange(20) % 5], dim=-1)
     return given | {"hidden_states": torch.randn(batch, 20, 16, generator=g), "timestep": torch.full((batch,), 0.5),
                     "guidance": torch.full((batch,), 3.5), "img_ids": ids, "txt_ids": torch.zeros(7, 3)}
+
+
+def dit(**changes) -> DiTTransformer2DModel:
+    return _seeded(DiTTransformer2DModel, **dict(num_attention_heads=2, attention_head_dim=16, num_layers=2,
+                                                 sample_size=8, num_embeds_ada_norm=10, out_channels=8) | changes)
+
+
+def pixart(**changes) -> PixArtTransformer2DModel:
+    return _seeded(PixArtTransformer2DModel, **dict(num_attention_heads=2, attention_head_dim=24, num_layers=2,
+                                                    sample_size=16, cross_attention_dim=48, caption_channels=24)
+                   | changes)
 
 
 def inputs(batch: int = 2, size: int = 16, dim: int = 24, tokens: int = 7, seed: int = 1):

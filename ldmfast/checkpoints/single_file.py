@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from . import infer, ldm, to_ldm
+from . import dit, infer, ldm, to_ldm
 from .parts import Parts, rename_old
 from .weight_file import Stored, WeightFile
 
@@ -30,8 +30,8 @@ class _Part:
 
 
 class SingleFile(Parts):
-    """SD 1, SD 2, SDXL or its refiner in one file, or some of their parts: safetensors, GGUF, or a PyTorch file
-    (through torch's weights-only loader). A UNet or VAE alone may have diffusers' names, too."""
+    """SD 1, SD 2, SDXL or its refiner in one file, or some of their parts, or a DiT, SiT or PixArt: safetensors, GGUF,
+    or a PyTorch file (through torch's weights-only loader). A UNet or VAE alone may have diffusers' names, too."""
 
     def __init__(self, file: WeightFile, prediction_type: str | None = None):
         self.path, self._file = file.path, file
@@ -67,8 +67,8 @@ class SingleFile(Parts):
         for name, renamed in self._sources_of(part).items():
             stored = self._file.tensors[name]
             for new in renamed.names:
-                found[new] = replace(stored, shape=self._new_shape(name, renamed),
-                                     nbytes=stored.nbytes // len(renamed.names))
+                pieces = len(ldm.SPLITS.get(renamed.change, ("",)))
+                found[new] = replace(stored, shape=self._new_shape(name, renamed), nbytes=stored.nbytes // pieces)
         return found
 
     def _sources_of(self, part: str) -> dict[str, ldm.Renamed]:
@@ -86,10 +86,12 @@ class SingleFile(Parts):
         found = {k: r for k, r in renamed.items() if r is not None}
         for name, r in found.items():
             shape = self._shapes[name]
-            fits = {"split": len(shape) > 0 and shape[0] % 3 == 0, "transpose": len(shape) == 2,
+            fits = {"transpose": len(shape) == 2,
                     "linear": len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))}
+            if r.change in ldm.SPLITS:
+                fits[r.change] = len(shape) > 0 and shape[0] % len(r.names) == 0
             if not fits.get(r.change, True):
-                raise CheckpointError(f"tensor {name!r} of a {kind} has shape {list(shape)}, which the CompVis layout "
+                raise CheckpointError(f"tensor {name!r} of a {kind} has shape {list(shape)}, which the original layout "
                                       "does not have there; the file is damaged, or of a kind that is not supported")
         return found
 
@@ -116,10 +118,16 @@ class SingleFile(Parts):
             config = infer.vae_config(self._behind(vae), xl)
             numbers = ldm.Numbers(vae_levels=len(config["block_out_channels"]))
             parts["vae"] = _Part("vae", vae, config, self._sources("vae", vae, numbers))
+        transformer = next((p for p in dit.PREFIXES if p + dit.MARK in self._shapes), None)
+        if transformer is not None:
+            shapes = self._behind(transformer)
+            kind, config = dit.kind_of(shapes), dit.config(shapes)
+            numbers = ldm.Numbers(blocks=config["num_layers"])
+            parts["transformer"] = _Part(kind, transformer, config, self._sources(kind, transformer, numbers))
         if not parts:
             some = ", ".join(map(repr, list(self._shapes)[:2])) or "none"
-            raise CheckpointError(f"holds no part of SD 1, SD 2 or SDXL in the CompVis layout (its tensors: "
-                                  f"{some}, ...);"
+            raise CheckpointError(f"holds no part of SD 1, SD 2 or SDXL in the CompVis layout, and no DiT or PixArt in "
+                                  f"its original one (its tensors: {some}, ...);"
                                   " a whole diffusers model is opened by its folder")
         return parts
 
@@ -163,8 +171,8 @@ class SingleFile(Parts):
         shape = self._shapes[name]
         if renamed.change == "linear":
             return (shape[0], prod(shape[1:]))
-        if renamed.change == "split":
-            return (shape[0] // 3, *shape[1:])
+        if renamed.change in ldm.SPLITS:
+            return (shape[0] // len(renamed.names), *shape[1:])
         return shape[::-1] if renamed.change == "transpose" else shape
 
     def _other_configs(self, prediction: str | None, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:

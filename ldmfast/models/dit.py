@@ -15,6 +15,7 @@ from .base import Config, Model, unsupported
 from .direct import Direct
 from .gemm import Linear
 from .layers import by_rows
+from .single_file import FromSingleFile
 from .transformer_blocks import Block, LayerNorm, PatchEmbed, Sinusoids, TransformerState, too_many, unpatchify
 from .unet_state import as_list
 
@@ -120,12 +121,13 @@ class _Block(Block):
         return self.norm1.norm, self.norm3
 
 
-class DiT(Model):
+class DiT(FromSingleFile, Model):
     """Peebles and Xie 2023, section 3, with adaLN-zero; SiT: Ma et al. 2024. Inference only, thread-safe: nothing is
     written to the module; what depends on the call is in the ``TransformerState`` that prepare() returns.
     """
 
     config_class = DiTConfig
+    part = "transformer"
 
     def __init__(self, config: DiTConfig):
         super().__init__(config)
@@ -166,19 +168,19 @@ class DiT(Model):
             if id(emb) not in embedded:
                 embedded[id(emb)] = by_rows(F.silu, emb(t, distinct))  # type: ignore[operator]
         first = embedded[id(self.transformer_blocks[0].norm1.emb)]  # type: ignore[union-attr]
-        shape = (len(times), len(distinct))
-        last = by_rows(self.proj_out_1, first).view(*shape, 2, -1).transpose(1, 2)
+        c, shape = self.config, (len(times), len(distinct))
+        last = by_rows(self.proj_out_1, first).view(*shape, 2, c.channels).transpose(1, 2)
 
         def rows(numbers: slice) -> Tensor:
             """(timesteps, blocks, 6, labels, C)"""
             made = []
             for block in self.transformer_blocks:
                 norm: Any = block.norm1
-                some = embedded[id(norm.emb)].view(*shape, -1)[numbers]
-                made.append(by_rows(norm.linear, some.flatten(0, 1)).view(*some.shape[:2], 6, -1).transpose(1, 2))
+                some = embedded[id(norm.emb)].view(*shape, c.channels)[numbers]
+                wide = by_rows(norm.linear, some.flatten(0, 1)).view(*some.shape[:2], 6, c.channels)
+                made.append(wide.transpose(1, 2))
             return torch.stack(made, dim=1)
 
-        c = self.config
         if too_many(*shape, c.num_layers, c.channels, last.dtype):
             return TransformerState({x: i for i, x in enumerate(times)}, which, None, last, batch=len(labels),
                                     at=lambda number: rows(slice(number, number + 1))[0])

@@ -16,6 +16,7 @@ from .direct import Direct
 from .dit import check_sizes
 from .gemm import Linear
 from .layers import by_rows
+from .single_file import FromSingleFile
 from .transformer_blocks import Block, LayerNorm, PatchEmbed, Sinusoids, TransformerState, unpatchify
 from .unet_state import as_list, mask_bias
 
@@ -107,12 +108,13 @@ class _Block(Block):
         return self.norm1, self.norm2
 
 
-class PixArt(Model):
+class PixArt(FromSingleFile, Model):
     """Chen et al. 2023 (alpha) and 2024 (sigma). Inference only, thread-safe: nothing is written to the module; what
     depends on the call is in the ``TransformerState`` that prepare() returns.
     """
 
     config_class = PixArtConfig
+    part = "transformer"
 
     def __init__(self, config: PixArtConfig):
         super().__init__(config)
@@ -158,7 +160,8 @@ class PixArt(Model):
             prompt = self.caption_projection(prompt)
         blocks: Any = self.transformer_blocks
         return TransformerState(
-            {x: i for i, x in enumerate(times)}, which, rows.view(*shape, 6, -1).transpose(1, 2)[:, None], last,
+            {x: i for i, x in enumerate(times)}, which,
+            rows.view(*shape, 6, self.config.channels).transpose(1, 2)[:, None], last,
             () if prompt is None else tuple(b.attn2.keys_values(prompt) for b in blocks),
             self._bias("encoder_attention_mask", mask, batch), batch)
 

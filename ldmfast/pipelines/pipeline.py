@@ -179,7 +179,7 @@ class Pipeline:
         latents: (N, C, h, w) starting noise of unit variance instead of drawing it.
         strength: 0 to 1, how much of the picture is redrawn (default 0.8; 1.0 when inpainting).
         class_labels: for class-conditional networks; DiT makes a picture for each. prompt_attention_mask: beside
-            PixArt's prompt_embeds, (prompts, tokens), 1 for the prompt's tokens. max_sequence_length: tokens of a T5 prompt.
+            PixArt's prompt_embeds, (prompts, tokens), 1 for the prompt's tokens. max_sequence_length: of a T5 prompt.
             use_resolution_binning: PixArt runs at the training size that is nearest in aspect ratio.
         output_type: "pil", "np" (N, H, W, 3), "pt" (N, 3, H, W), both in [0, 1], or "latent" (the VAE's units
             times its scaling factor).
