@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from . import dit, infer, ldm, to_ldm
+from . import dit, flux, infer, ldm, sd3, to_ldm
 from .parts import Parts, rename_old
 from .weight_file import Stored, WeightFile
 
@@ -30,8 +30,9 @@ class _Part:
 
 
 class SingleFile(Parts):
-    """SD 1, SD 2, SDXL or its refiner in one file, or some of their parts, or a DiT, SiT or PixArt: safetensors, GGUF,
-    or a PyTorch file (through torch's weights-only loader). A UNet or VAE alone may have diffusers' names, too."""
+    """SD 1, SD 2, SDXL or its refiner in one file, or some of their parts, or a DiT, SiT, PixArt, SD 3 or FLUX:
+    safetensors, GGUF, or a PyTorch file (through torch's weights-only loader). A UNet or VAE alone may have diffusers'
+    names, too."""
 
     def __init__(self, file: WeightFile, prediction_type: str | None = None):
         self.path, self._file = file.path, file
@@ -66,9 +67,9 @@ class SingleFile(Parts):
         found = {}
         for name, renamed in self._sources_of(part).items():
             stored = self._file.tensors[name]
-            for new in renamed.names:
-                pieces = len(ldm.SPLITS.get(renamed.change, ("",)))
-                found[new] = replace(stored, shape=self._new_shape(name, renamed), nbytes=stored.nbytes // pieces)
+            for new, shape in zip(renamed.names, self._new_shapes(name, renamed)):
+                size = stored.nbytes * prod(shape) // max(1, prod(stored.shape))
+                found[new] = replace(stored, shape=shape, nbytes=size)
         return found
 
     def _sources_of(self, part: str) -> dict[str, ldm.Renamed]:
@@ -88,8 +89,9 @@ class SingleFile(Parts):
             shape = self._shapes[name]
             fits = {"transpose": len(shape) == 2,
                     "linear": len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))}
-            if r.change in ldm.SPLITS:
-                fits[r.change] = len(shape) > 0 and shape[0] % len(r.names) == 0
+            if r.change in (*ldm.SPLITS, "swap"):
+                fits[r.change] = len(shape) > 0 and shape[0] % {"swap": 2, "split_single": 7}.get(
+                    r.change, len(r.names)) == 0
             if not fits.get(r.change, True):
                 raise CheckpointError(f"tensor {name!r} of a {kind} has shape {list(shape)}, which the original layout "
                                       "does not have there; the file is damaged, or of a kind that is not supported")
@@ -124,10 +126,18 @@ class SingleFile(Parts):
             kind, config = dit.kind_of(shapes), dit.config(shapes)
             numbers = ldm.Numbers(blocks=config["num_layers"])
             parts["transformer"] = _Part(kind, transformer, config, self._sources(kind, transformer, numbers))
+        for kind, layout in (("flux", flux), ("sd3", sd3)):
+            prefix = next((p for p in layout.PREFIXES if p + layout.MARK in self._shapes), None)
+            if prefix is not None:
+                config = layout.config(self._behind(prefix))
+                numbers = ldm.Numbers(blocks=config["num_layers"])
+                parts["transformer"] = _Part(kind, prefix, config, self._sources(kind, prefix, numbers))
+                if kind == "sd3" and "vae" in parts:
+                    parts["vae"].config.update(sd3.VAE)
         if not parts:
             some = ", ".join(map(repr, list(self._shapes)[:2])) or "none"
-            raise CheckpointError(f"holds no part of SD 1, SD 2 or SDXL in the CompVis layout, and no DiT or PixArt in "
-                                  f"its original one (its tensors: {some}, ...);"
+            raise CheckpointError("holds no part of SD 1, SD 2 or SDXL in the CompVis layout, and no DiT, PixArt, SD 3 or "
+                                  f"FLUX in its original one (its tensors: {some}, ...);"
                                   " a whole diffusers model is opened by its folder")
         return parts
 
@@ -160,20 +170,21 @@ class SingleFile(Parts):
             drop = (f"text_model.encoder.layers.{last}.", "text_projection.")
             sources = {k: r for k, r in sources.items() if not r.names[0].startswith(drop)}
             projected = False
-        shapes = {n: self._new_shape(k, r) for k, r in sources.items() for n in r.names}
+        shapes = {n: s for k, r in sources.items() for n, s in zip(r.names, self._new_shapes(k, r))}
         config = infer.clip_config(shapes, projected and kind == "open_clip",
                                    "quick_gelu" if kind == "clip" else "gelu")
         if kind == "clip":
             sources = {k: r for k, r in sources.items() if not r.names[0].startswith("text_projection.")}
         return _Part(kind, prefix, config, sources)
 
-    def _new_shape(self, name: str, renamed: ldm.Renamed) -> tuple[int, ...]:
+    def _new_shapes(self, name: str, renamed: ldm.Renamed) -> list[tuple[int, ...]]:
+        """For each new name."""
         shape = self._shapes[name]
-        if renamed.change == "linear":
-            return (shape[0], prod(shape[1:]))
         if renamed.change in ldm.SPLITS:
-            return (shape[0] // len(renamed.names), *shape[1:])
-        return shape[::-1] if renamed.change == "transpose" else shape
+            return [(rows, *shape[1:]) for rows in ldm.split_rows(renamed.change, shape[0])]
+        if renamed.change == "linear":
+            shape = (shape[0], prod(shape[1:]))
+        return [shape[::-1] if renamed.change == "transpose" else shape] * len(renamed.names)
 
     def _other_configs(self, prediction: str | None, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
         configs: dict[str, dict[str, Any]] = {}

@@ -30,6 +30,7 @@ from .joint_blocks import (
     rotary,
 )
 from .linears import GeluLinear, SplitLinear
+from .single_file import FromSingleFile
 from .unet_state import as_list
 
 
@@ -104,11 +105,12 @@ class SingleBlock(Direct):
         return gated(x, gate, out)
 
 
-class FluxTransformer2D(Model):
+class FluxTransformer2D(FromSingleFile, Model):
     """FLUX.1 (Black Forest Labs 2024): blocks of two streams, then of one (after Dehghani et al. 2023, section 2), with
     rotary positions. Inference only, thread-safe: what depends on the call is in the ``JointState`` of prepare()."""
 
     config_class = FluxTransformer2DConfig
+    part = "transformer"
 
     def __init__(self, config: FluxTransformer2DConfig):
         super().__init__(config)

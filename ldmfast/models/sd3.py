@@ -28,6 +28,7 @@ from .joint_blocks import (
     gated,
     modulated,
 )
+from .single_file import FromSingleFile
 from .unet_state import as_list
 
 
@@ -132,11 +133,12 @@ class JointBlock(Direct):
         return x, gated(text, gate_ff, self.ff_context(normed))
 
 
-class SD3Transformer2D(Model):
+class SD3Transformer2D(FromSingleFile, Model):
     """Esser et al. 2024, "Scaling Rectified Flow Transformers", section 4. Inference only, thread-safe: what depends on
     the call is in the ``JointState`` that prepare() returns."""
 
     config_class = SD3Transformer2DConfig
+    part = "transformer"
 
     def __init__(self, config: SD3Transformer2DConfig):
         super().__init__(config)

@@ -91,8 +91,8 @@ class FluxPipeline(JointPipeline):
         """Generate pictures; names, meanings and defaults are diffusers' (28 steps, guidance 3.5), but for
         ``generator``, ``solver`` (default: the checkpoint's) and ``progress``, which are as in Pipeline.
 
-        guidance_scale: what a guidance-distilled network (dev) is told; nothing to others. true_cfg_scale above 1 with a
-        negative prompt: classifier-free guidance, twice the work. prompt_2: for T5, if another text. latents, and
+        guidance_scale: what a guidance-distilled network (dev) is told; nothing to others. true_cfg_scale above 1 with
+        a negative prompt: classifier-free guidance, twice the work. prompt_2: for T5, if another text. latents, and
         output_type "latent": (N, tokens, 4 C), as diffusers has them.
         Raises LdmfastError and its subclasses with one line, before any heavy work.
         """

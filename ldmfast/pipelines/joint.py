@@ -55,6 +55,9 @@ class JointPipeline(Pipeline):
     """A pipeline around SD3Transformer2D or FluxTransformer2D. Text to image."""
 
     prompts: ClassVar[tuple[str, ...]]  # diffusers' argument for each text encoder
+    # arguments that settings keep
+    kept: ClassVar[tuple[str, ...]] = ("num_inference_steps", "sigmas", "guidance_scale", "max_sequence_length",
+                                       "solver", "mu")
 
     @property
     def clip_encoders(self) -> list[TextEncoder]:
@@ -126,13 +129,11 @@ class JointPipeline(Pipeline):
             steps = steps.with_guidance(scale)
         kept = {k: a[k] for k in self.kept if a.get(k) is not None}
         return JointRequest(
-            texts, negative_texts, embeds, negative_embeds, count * per_prompt, per_prompt, int(height), int(width), scale,
-            steps, random_source(a["generator"], count * per_prompt), latents, a["output_type"], a.get("clip_skip"), length,
-            a["callback_on_step_end"], bool(a["progress"]), tuple(skip_layers),
+            texts, negative_texts, embeds, negative_embeds, count * per_prompt, per_prompt, int(height), int(width),
+            scale, steps, random_source(a["generator"], count * per_prompt), latents, a["output_type"],
+            a.get("clip_skip"), length, a["callback_on_step_end"], bool(a["progress"]), tuple(skip_layers),
             {**kept, "height": int(height), "width": int(width)})
 
-    kept: ClassVar[tuple[str, ...]] = ("num_inference_steps", "sigmas", "guidance_scale", "max_sequence_length", "solver",
-                                       "mu")
 
     def _prompts(self, a: dict[str, Any]) -> tuple[tuple[list[str], ...] | None, PromptEmbeds | None, int]:
         embeds = _given(a, "")
@@ -166,7 +167,8 @@ class JointPipeline(Pipeline):
                    for name in self.prompts]
         columns = [c * count if len(c) == 1 else c for c in columns]
         if any(len(c) != count for c in columns):
-            raise ShapeError(f"{max(map(len, columns))} negative prompts were given for {count} prompts: give 1 or {count}")
+            raise ShapeError(f"{max(map(len, columns))} negative prompts were given for {count} prompts: give 1 or "
+                             f"{count}")
         return tuple(columns), None
 
     def run(self, request: JointRequest) -> PipelineOutput:
@@ -184,7 +186,8 @@ class JointPipeline(Pipeline):
                 explain_not_finite(self, loop, cast(Any, JointDenoiser(self, request, branches)), x, None)
             images: Any = latents
             if request.output_type != "latent":
-                images = to_output(decode(self, self.unpack(latents, request.height, request.width)), request.output_type)
+                latents = self.unpack(latents, request.height, request.width)
+                images = to_output(decode(self, latents), request.output_type)
         return PipelineOutput(images, self._settings(request), cancelled)
 
     def _branches(self, request: JointRequest) -> list[PromptEmbeds]:
@@ -239,8 +242,8 @@ def _given(a: dict[str, Any], prefix: str) -> PromptEmbeds | None:
         return None
     for name, value, dims in zip(names, (states, pooled), (3, 2)):
         if not isinstance(value, Tensor) or value.ndim != dims:
-            raise ShapeError(f"{name} must be a tensor of {dims} dimensions, (prompts, {'tokens, ' * (dims - 2)}width); "
-                             f"{names[0]} and {names[1]} go together")
+            raise ShapeError(f"{name} must be a tensor (prompts, {'tokens, ' * (dims - 2)}width); {names[0]} and "
+                             f"{names[1]} go together")
         if not bool(torch.isfinite(value).all()):
             raise LdmfastError(f"{name} holds NaN or infinite values: check how it was made")
     if len(states) != len(pooled):
@@ -283,7 +286,8 @@ class JointDenoiser:
 def number_of_steps(pipe: Pipeline, a: dict[str, Any]) -> int:
     """Steps of a call that gives no sigmas."""
     value = a["num_inference_steps"]
-    return whole("num_inference_steps", pipe.loaded.defaults.get("num_inference_steps", 28) if value is None else value, 1)
+    value = pipe.loaded.defaults.get("num_inference_steps", 28) if value is None else value
+    return whole("num_inference_steps", value, 1)
 
 
 def scale_of(pipe: Pipeline, a: dict[str, Any], default: float) -> float:

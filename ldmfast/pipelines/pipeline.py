@@ -207,8 +207,8 @@ class Pipeline:
 
 
 def family(parts: checkpoints.Parts) -> type[Pipeline] | None:
-    """The class of pipelines whose calls have other arguments, None for Pipeline's own. Raises CheckpointError for one of
-    such a family that is not supported."""
+    """The class of pipelines whose calls have other arguments, None for Pipeline's own. Raises CheckpointError for one
+    of such a family that is not supported."""
     from .flux import FluxPipeline
     from .sd3 import StableDiffusion3Pipeline
 

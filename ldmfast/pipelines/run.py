@@ -236,7 +236,8 @@ def _user_callback(request: Request, call: Call, step: int, t: float, latents: t
     return replaced.to(latents)
 
 
-def explain_not_finite(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor, blend: Blend | None) -> None:
+def explain_not_finite(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor,
+                       blend: Blend | None) -> None:
     """Run the call again from the same random state, looking at every step, and raise what was found."""
     steps = request.table.num_steps
     done = 0

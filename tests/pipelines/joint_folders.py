@@ -42,8 +42,8 @@ def sd3(with_t5: bool = True, dynamic: bool = False):
     schedule = {"shift": 1.0, "use_dynamic_shifting": True} if dynamic else {"shift": 3.0}
     return _finished(StableDiffusion3Pipeline(
         transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(**schedule), vae=_vae(),
-        text_encoder=_text(32, 2, True, 3), tokenizer=_clip(), text_encoder_2=_text(32, 3, True, 4), tokenizer_2=_clip(),
-        **parts))
+        text_encoder=_text(32, 2, True, 3), tokenizer=_clip(), text_encoder_2=_text(32, 3, True, 4),
+        tokenizer_2=_clip(), **parts))
 
 
 def flux(guidance: bool = True):
