@@ -42,6 +42,8 @@ def random_model(cls: Any, config: dict[str, Any], seed: int = 0) -> Any:
     noise = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.normal_(std=p[0].numel() ** -0.5, generator=noise) if p.ndim > 1 else p.fill_(0.5)
+    for table in model.buffers():  # SD 3's positions
+        table.normal_(generator=noise)
     return model
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import arms
 import diffusers
+import joint_arms
 import torch
 import transformers
 from e2e import PROMPT, TINY, pipeline_arms
@@ -113,6 +114,24 @@ def sdxl(run: Run) -> Iterator[Found]:
                    "weights are rounded to bf16 once the fp32 reference is made, and every arm is made of those")
 
 
+def sd3(run: Run) -> Iterator[Found]:
+    net = joint_arms.sd3(joint_arms.SD3_MEDIUM, 64, 77 + 256)
+    entrants = {"OpenVINO bf16": arms.openvino(net, "bf16", run.cache, run.threads)}
+    entrants |= {"diffusers fp32": arms.eager(net, torch.float32), "diffusers bf16": arms.eager(net, torch.bfloat16)}
+    entrants |= {f"ldmfast {p}": joint_arms.ours(net, p) for p in ("exact", "bf16", "int8")}
+    yield run.race("sd3", entrants, net.reference, "four blocks of SD3-medium's width, 2x16x64x64 latents, 333 prompt "
+                   "tokens")
+
+
+def flux(run: Run) -> Iterator[Found]:
+    net = joint_arms.flux(joint_arms.FLUX_DEV, 32, 512)
+    entrants = {"diffusers bf16": arms.eager(net, torch.bfloat16)}
+    entrants |= {f"ldmfast {p}": joint_arms.ours(net, p) for p in ("bf16", "int8")}
+    yield run.race("flux", entrants, net.reference, "two double and four single blocks of FLUX.1's width, 1024 image and "
+                   "512 prompt tokens; weights are rounded to bf16 once the fp32 reference is made, and every arm is "
+                   "made of those")
+
+
 def vae(run: Run) -> Iterator[Found]:
     yield vae_case(run, "vae", arms.SD_VAE, 64)
 
@@ -187,5 +206,5 @@ def load_case(run: Run, case: str, folder: Path) -> Found:
     return case, {"note": "from an fp32 folder on disk to the first step done, after the imports", "arms": rows}
 
 
-WORK: dict[str, Callable[[Run], Iterator[Found]]] = {f.__name__: f for f in (attention, group_norm_silu, sd15, sdxl,
-                                                                            vae, tiny, load)}
+WORK: dict[str, Callable[[Run], Iterator[Found]]] = {f.__name__: f for f in (
+    attention, group_norm_silu, sd15, sdxl, sd3, flux, vae, tiny, load)}

@@ -136,8 +136,8 @@ class SingleFile(Parts):
                     parts["vae"].config.update(sd3.VAE)
         if not parts:
             some = ", ".join(map(repr, list(self._shapes)[:2])) or "none"
-            raise CheckpointError("holds no part of SD 1, SD 2 or SDXL in the CompVis layout, and no DiT, PixArt, SD 3 or "
-                                  f"FLUX in its original one (its tensors: {some}, ...);"
+            raise CheckpointError("holds no part of SD 1, SD 2 or SDXL in the CompVis layout, and no DiT, PixArt, SD 3 "
+                                  f"or FLUX in its original one (its tensors: {some}, ...);"
                                   " a whole diffusers model is opened by its folder")
         return parts
 

@@ -27,7 +27,8 @@ class FromSingleFile:
         path: safetensors, GGUF or a PyTorch file, with the names of the CompVis layout (SD 1, SD 2, SDXL, ComfyUI) or,
         where the model is alone, diffusers' own; DiT, SiT, PixArt, SD 3 and FLUX with those of their first release.
         dtype: of the weights, whatever the file's. An autoencoder alone does not tell SD 1 from SDXL:
-        ``config.scaling_factor`` is then 0.18215. The model is laid out for its kernels and has no state_dict for other programs.
+        ``config.scaling_factor`` is then 0.18215. The model is laid out for its kernels and has no state_dict for other
+        programs.
         Raises CheckpointError when the file is not readable, damaged, or holds no such model.
         """
         parts = checkpoints.open_single_file(Path(path))
