@@ -54,6 +54,7 @@ class JointRequest:
 class JointPipeline(Pipeline):
     """A pipeline around SD3Transformer2D or FluxTransformer2D. Text to image."""
 
+    takes_pictures = False
     prompts: ClassVar[tuple[str, ...]]  # diffusers' argument for each text encoder
     # arguments that settings keep
     kept: ClassVar[tuple[str, ...]] = ("num_inference_steps", "sigmas", "guidance_scale", "max_sequence_length",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,6 +25,8 @@ class Pipeline:
 
     Build one with :meth:`from_pretrained`, :meth:`from_single_file` or :meth:`tiny`.
     """
+
+    takes_pictures: ClassVar[bool] = True  # as starting points
 
     def __init__(self, components: Components, *, precision: str, device: torch.device, source: str) -> None:
         self.loaded = components

@@ -137,6 +137,20 @@ def test_lower_precisions_stay_near(which, precision, request) -> None:
     assert 0 < float(np.sqrt(np.square(a - b).mean())) < 0.03
 
 
+def test_quantize_writes_a_file_that_loading_finds(sd3, tmp_path) -> None:
+    """The denoiser is under its own part's name, and its table of positions, a buffer, is in the file, too."""
+    import shutil
+
+    folder = tmp_path / "sd3"
+    shutil.copytree(sd3[1].source, folder)
+    report = ldmfast.quantization.quantize(folder, prompts=["a cat"], steps=3, progress=False)
+    assert report.file.parent == folder / "transformer" and report.plan.sqnr
+    assert "transformer_blocks.0.attn.to_added_qkv" in report.plan.sqnr
+    call = {"prompt": "a red cat", "generator": 5, "output_type": "np", "progress": False, **SHORT}
+    stored = ldmfast.Pipeline.from_pretrained(folder, precision="int8")
+    assert 0 < float(np.sqrt(np.square(stored(**call).images - sd3[1](**call).images).mean())) < 0.03
+
+
 @pytest.mark.parametrize("which", ["sd3", "flux"])
 def test_the_pipeline_accelerated_in_place(which, request, native_calls) -> None:
     theirs, _ = request.getfixturevalue(which)
