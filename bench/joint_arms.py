@@ -56,5 +56,5 @@ def ours(net: Network, precision: str) -> Arm:
         facts = {"prepare_s": time.perf_counter() - start}
         return lambda: model(sample, at, state=state), facts
 
-    return Arm(build, f"ldmfast {ldmfast.__version__}", f"precision={precision}; prompt projection and modulations once "
-               "a call (prepare_s)", net.parameters * {"exact": 4, "bf16": 2, "int8": 2}[precision])
+    return Arm(build, f"ldmfast {ldmfast.__version__}", f"precision={precision}; prompt projection and modulations "
+               "once a call (prepare_s)", net.parameters * {"exact": 4, "bf16": 2, "int8": 2}[precision])

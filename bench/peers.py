@@ -12,7 +12,7 @@ Work:
   group_norm_silu  2x320x64x64 bf16 channels-last: torch GroupNorm + SiLU, and a plain copy
   sd15             one SD 1.5 UNet step, batch 2, 64x64 latents: every arm
   sdxl             one SDXL UNet step, batch 2, 64x64 latents: bf16 and int8
-  sd3              four blocks of SD3-medium's width, batch 2, 64x64 latents, 333 prompt tokens: every arm but torch.compile
+  sd3              four blocks of SD3-medium's width, batch 2, 64x64 latents, 333 prompt tokens
   flux             two double and four single blocks of FLUX.1's width, 1024 image and 512 prompt tokens: bf16 and int8
   vae              SD VAE decode of one 512 px picture
   tiny             a whole call of the shipped model, 20 steps

@@ -127,9 +127,9 @@ def flux(run: Run) -> Iterator[Found]:
     net = joint_arms.flux(joint_arms.FLUX_DEV, 32, 512)
     entrants = {"diffusers bf16": arms.eager(net, torch.bfloat16)}
     entrants |= {f"ldmfast {p}": joint_arms.ours(net, p) for p in ("bf16", "int8")}
-    yield run.race("flux", entrants, net.reference, "two double and four single blocks of FLUX.1's width, 1024 image and "
-                   "512 prompt tokens; weights are rounded to bf16 once the fp32 reference is made, and every arm is "
-                   "made of those")
+    yield run.race("flux", entrants, net.reference, "two double and four single blocks of FLUX.1's width, 1024 image "
+                   "and 512 prompt tokens; weights are rounded to bf16 once the fp32 reference is made, and every arm "
+                   "is made of those")
 
 
 def vae(run: Run) -> Iterator[Found]:

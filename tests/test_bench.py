@@ -57,8 +57,8 @@ def test_a_unet_step_is_compared_with_diffusers_on_the_same_weights(bench, tmp_p
     assert rows["ldmfast exact"]["prepare_s"] > 0
 
 
-SD3 = {"sample_size": 16, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 24,
-       "caption_projection_dim": 64, "pooled_projection_dim": 20, "pos_embed_max_size": 8}
+SD3 = {"sample_size": 16, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4,
+       "joint_attention_dim": 24, "caption_projection_dim": 64, "pooled_projection_dim": 20, "pos_embed_max_size": 8}
 FLUX = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4,
         "joint_attention_dim": 24, "pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6), "guidance_embeds": True}
 

@@ -38,8 +38,9 @@ def qkv(name: str, attention, text: bool = False) -> Tensors:
 def flux_pair(guidance: bool) -> tuple[torch.nn.Module, Tensors]:
     """A FLUX (heads of 32: axes of 4, 14 and 14) and its tensors, renamed by hand."""
     model = random(diffusers.FluxTransformer2DModel(
-        in_channels=16, out_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=32, num_attention_heads=2,
-        joint_attention_dim=24, pooled_projection_dim=20, axes_dims_rope=(4, 14, 14), guidance_embeds=guidance))
+        in_channels=16, out_channels=16, num_layers=2, num_single_layers=3, num_attention_heads=2,
+        attention_head_dim=32, joint_attention_dim=24, pooled_projection_dim=20, axes_dims_rope=(4, 14, 14),
+        guidance_embeds=guidance))
     embed = model.time_text_embed
     embedders = {"time_in": embed.timestep_embedder, "vector_in": embed.text_embedder}
     if guidance:
@@ -104,7 +105,8 @@ def write(path: Path, tensors: Tensors, prefix: str = "") -> Path:
     return path
 
 
-CASES = {"flux_dev": (lambda: flux_pair(True), ""), "flux_schnell": (lambda: flux_pair(False), "model.diffusion_model."),
+CASES = {"flux_dev": (lambda: flux_pair(True), ""),
+         "flux_schnell": (lambda: flux_pair(False), "model.diffusion_model."),
          "sd3": (lambda: sd3_pair(False), "model.diffusion_model."), "sd3.5_medium": (lambda: sd3_pair(True), "")}
 
 
@@ -162,18 +164,20 @@ def sparse_flux(path: Path) -> int:
     """A file like FLUX.1-dev's, 11.9 billion numbers in bf16, of which the disk holds only the header; its bytes."""
     _, tensors = flux_pair(True)
     full: dict[str, list[int]] = {}
-    real = {24: 4096, 16: 64, 20: 768, 32: 128}  # other sizes are multiples of the width, 64, or the 256 of the sinusoids
+    blocks: dict[str, dict[str, list[int]]] = {"double_blocks": {}, "single_blocks": {}}
+    real = {24: 4096, 16: 64, 20: 768, 32: 128}  # other sizes are multiples of the width, 64
     for name, tensor in tensors.items():
         sinusoids = name in ("time_in.in_layer.weight", "guidance_in.in_layer.weight")
         shape = [real.get(n, n // 64 * 3072) for n in tensor.shape]
         shape[1:] = [256] if sinusoids else shape[1:]
         kind, _, rest = name.partition(".")
         number, _, leaf = rest.partition(".")
-        copies = {"double_blocks": 19, "single_blocks": 38}.get(kind)
-        if copies is None:
+        if kind not in blocks:
             full[name] = shape
         elif number == "0":
-            full |= {f"{kind}.{i}.{leaf}": shape for i in range(copies)}
+            blocks[kind][leaf] = shape
+    for kind, copies in (("double_blocks", 19), ("single_blocks", 38)):
+        full |= {f"{kind}.{i}.{leaf}": shape for i in range(copies) for leaf, shape in blocks[kind].items()}
     header, offset = {}, 0
     for name, shape in full.items():
         count = 2 * torch.Size(shape).numel()

@@ -88,7 +88,8 @@ def test_sd3_without_t5_and_with_a_shift_that_follows_the_size(tmp_path_factory)
 FLUX_CALLS = {
     "two": {"prompt": ["a red cat", "two dogs"], "height": 64, "width": 96, **SHORT},
     "true_cfg": {"prompt": "a cat", "prompt_2": "a red cat", "negative_prompt": "blurry",
-                 "negative_prompt_2": "old rain", "true_cfg_scale": 3.0, "guidance_scale": 1.5, "height": 64, "width": 64, **SHORT},
+                 "negative_prompt_2": "old rain", "true_cfg_scale": 3.0, "guidance_scale": 1.5, "height": 64,
+                 "width": 64, **SHORT},
     "sigmas": {"prompt": "a cat", "true_cfg_scale": 3.0, "sigmas": [1.0, 0.6, 0.3], "height": 96, "width": 64,
                "max_sequence_length": 8},
     "embeds": {**embeds(24, 32), "true_cfg_scale": 2.0, "num_inference_steps": 3, "height": 64, "width": 64},
