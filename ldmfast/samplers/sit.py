@@ -66,8 +66,8 @@ def sit(steps: int | None = None, *, path: str | Interpolant = "linear", diffusi
         alpha, sigma, rise, fall = curve.alpha(t), curve.sigma(t), curve.alpha_slope(t), curve.sigma_slope(t)
         wronskian = rise * sigma - alpha * fall
         if not (sigma > 0 and wronskian > 0):
-            raise LdmfastError(f"sit: the path has sigma = {sigma:g} and alpha' sigma - alpha sigma' = {wronskian:g} at "
-                               f"t = {t:g}, both must be positive before the end")
+            raise LdmfastError(f"sit: the path has sigma = {sigma:g} and alpha' sigma - alpha sigma' = {wronskian:g} "
+                               f"at t = {t:g}, both must be positive before the end")
         if i == last:
             b.stage(t, (sigma * b.e - fall * b.x) / wronskian)
             continue
