@@ -18,8 +18,11 @@ from .layer_norm_modulate_q8 import layer_norm_modulate_q8
 from .lincomb import lincomb
 from .linear_geglu import linear_geglu
 from .linear_geglu_q8 import linear_geglu_q8
+from .norm_conv2d import norm_conv2d
+from .norm_conv2d_q8 import norm_conv2d_q8
 from .pack_weight import pack_weight
 from .quantize import quantize
+from .quantize_rowwise import quantize_rowwise
 from .upsample2x import upsample2x
 
 ROWS = _op.ROWS
@@ -29,6 +32,6 @@ _op.register_triton()
 
 __all__ = [
     "attention", "conv2d", "conv2d_q8", "geglu", "geglu_q8", "group_norm_silu", "group_norm_silu_q8",
-    "layer_norm_modulate", "layer_norm_modulate_q8", "lincomb", "linear_geglu", "linear_geglu_q8", "pack_weight",
-    "quantize", "upsample2x",
+    "layer_norm_modulate", "layer_norm_modulate_q8", "lincomb", "linear_geglu", "linear_geglu_q8", "norm_conv2d",
+    "norm_conv2d_q8", "pack_weight", "quantize", "quantize_rowwise", "upsample2x",
 ]

@@ -13,6 +13,7 @@ from PIL import Image
 from .. import __version__
 from ..errors import LdmfastError, ShapeError
 from ..models import DiT, PixArt
+from ..ops._load import reused_memory
 from ..samplers import StopSampling, sample
 from .aspect_ratio import fit
 from .denoiser import Conditions, Denoiser, NanFinder, guidance_embedding, not_finite
@@ -52,7 +53,8 @@ class Call:
 def run(pipe: Pipeline, request: Request) -> PipelineOutput:
     """Encode, sample, decode. A call too large for the memory raises ShapeError."""
     try:
-        return _run(pipe, request)
+        with reused_memory():
+            return _run(pipe, request)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
