@@ -132,6 +132,26 @@ def flux(run: Run) -> Iterator[Found]:
                    "is made of those")
 
 
+def dit(run: Run) -> Iterator[Found]:
+    net = arms.dit(arms.DIT_XL_2, 32, low_only=True)
+    yield transformer_case(run, "dit", net, "DiT-XL/2 forward, 2x4x32x32 latents; to fit in memory, weights are "
+                           "rounded to bf16 once the fp32 reference is made, and every arm is made of those")
+
+
+def pixart(run: Run) -> Iterator[Found]:
+    yield transformer_case(run, "pixart", arms.pixart(arms.PIXART_4, 64), "PixArt alpha, full width, 4 of 28 blocks, "
+                           "2x4x64x64 latents, prompts of 60 and 1 tokens in 120 places")
+
+
+def transformer_case(run: Run, case: str, net: arms.Network, note: str) -> Found:
+    """Every arm on one diffusion transformer; fp32 ones only where its weights are still there."""
+    entrants = {"torch.compile bf16": arms.compiled(net), "diffusers bf16": arms.eager(net, torch.bfloat16)}
+    entrants |= {f"ldmfast {p}": arms.ours(net, p) for p in ("bf16", "int8")}
+    if net.module.dtype == torch.float32:
+        entrants |= {"diffusers fp32": arms.eager(net, torch.float32), "ldmfast exact": arms.ours(net, "exact")}
+    return run.race(case, entrants, net.reference, note)
+
+
 def vae(run: Run) -> Iterator[Found]:
     yield vae_case(run, "vae", arms.SD_VAE, 64)
 
@@ -207,4 +227,4 @@ def load_case(run: Run, case: str, folder: Path) -> Found:
 
 
 WORK: dict[str, Callable[[Run], Iterator[Found]]] = {f.__name__: f for f in (
-    attention, group_norm_silu, sd15, sdxl, sd3, flux, vae, tiny, load)}
+    attention, group_norm_silu, sd15, sdxl, dit, pixart, sd3, flux, vae, tiny, load)}

@@ -65,6 +65,9 @@ def failure(row: Op, case: Case, dtype: torch.dtype, run: Any = None) -> str:
     if row.schema.endswith(RESULT):
         wrong = [text for one, expected in zip(out, row.fake(*args)) if (text := wrong_memory(one, expected))]
         return "; ".join(wrong) or wrong_codes(row, args, dtype, *out)
+    if row.name == "quantize_rowwise":
+        wrong = [text for one, expected in zip(out, row.fake(*args)) if (text := wrong_memory(one, expected))]
+        return "; ".join(wrong) or wrong_rows(args[0].double(), *out)
     if wrong := wrong_memory(out, row.fake(*args)):
         return wrong
     if row.name == "pack_weight":  # moves numbers only; their order depends on the dtype
@@ -111,6 +114,17 @@ def wrong_codes(row: Op, args: Any, dtype: torch.dtype, q: Tensor, scale: Tensor
     off = distance((inside.double() - zero) * step, y)
     limit = step / 2 * (1 + 1 / 64) + error
     return "" if off <= limit else f"decoded codes off by {off:.3g}, allowed {limit:.3g}"
+
+
+def wrong_rows(x: Tensor, q: Tensor, scale: Tensor) -> str:
+    """int8 rows of x: each scale to a rounding of max |x| / 127, each number to half a step."""
+    single = torch.finfo(torch.float32)
+    most = x.abs().amax(1) if x.shape[1] else x.new_zeros(len(x))
+    ideal = torch.where(most == 0, 1.0, (most / 127).clamp(min=single.tiny))
+    if bool(((scale.double() - ideal).abs() > 2 * single.eps * ideal).any()):
+        return f"scales {scale.tolist()}, ideally {ideal.tolist()}"
+    off = (q.double() * scale.double()[:, None] - x).abs() - scale.double()[:, None] * 0.5 * (1 + 2**-16)
+    return f"decoded numbers off by {float(off.max()):.3g} more than half a step" if bool((off > 0).any()) else ""
 
 
 def small_cases(row: Op) -> list[Case]:

@@ -358,4 +358,23 @@ inline Normalisation<T> normalisation(const Tensor& dense, const Shape& shape, b
   return {data<T>(dense), shape, last, std::move(shifts), weight, bias, eps};
 }
 
+// The range of the result, before any of it is computed, from the least and largest x of each channel: the map is affine,
+// and SiLU falls to its only minimum and rises from there on.
+constexpr double kLowest = -0.2784645427610738, kLowestAt = -1.2784645427610738;  // minimum of SiLU, and where
+
+inline double exact_silu(double y) { return y / (1 + std::exp(-y)); }
+
+template <class A>
+inline Range range_of(const Affine<A>& f, bool with_silu) {
+  Range range;
+  for (size_t i = 0; i < f.lo.size(); ++i) {
+    const auto y = [&](A x) { return (double(x) - double(f.centre[i])) * double(f.gain[i]) + double(f.offset[i]); };
+    const double one = y(f.lo[i]), other = y(f.hi[i]);
+    range.add(with_silu ? exact_silu(one) : one);
+    range.add(with_silu ? exact_silu(other) : other);
+    if (with_silu && std::min(one, other) < kLowestAt && std::max(one, other) > kLowestAt) range.add(kLowest);
+  }
+  return range;
+}
+
 }  // namespace LDMFAST_LEVEL_NAMESPACE

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "stable.h"
@@ -270,14 +271,27 @@ struct Strip {
   }
 };
 
-// Copies channels [from, from + chunks * kDepth) of the strip's pixels into [chunk][pixel][kDepth]; `outside` is what the
+// Where packed numbers come from: source.chunk<whole>(to, picture, at, channel, count) makes `count` of them, from element
+// `at` of the input on, which is channel `channel` of a picture; whole: count is kDepth.
+template <class In>
+struct Copied {
+  const In* x;
+
+  void prefetch(int64_t at) const { __builtin_prefetch(x + at); }
+  template <int64_t whole>
+  void chunk(In* to, int64_t, int64_t at, int64_t, int64_t count) const {
+    std::memcpy(static_cast<void*>(to), x + at, size_t(whole > 0 ? whole : count) * sizeof(In));
+  }
+};
+
+// Packs channels [from, from + chunks * kDepth) of the strip's pixels as [chunk][pixel][kDepth]; `outside` is what the
 // border holds.
-template <class P>
+template <class P, class Source>
 struct Packer {
   typedef typename P::In In;
   static constexpr int64_t depth = kDepth<P>, kSome = 8;  // pixels at a time: chunks lie a page or more apart
   const Convolution& c;
-  const In* x;
+  const Source& source;
   In outside;
   int64_t from, chunks, pixels;
 
@@ -286,21 +300,21 @@ struct Packer {
       std::fill(to + (k * pixels + begin) * depth, to + (k * pixels + end) * depth, value);
   }
 
-  // Pixels [0, n) of a line, each of them 1 << twice times.
-  void copy(const In* line, int64_t n, int twice, In* to) const {
+  // n pixels from element `line` on, each of them 1 << twice times.
+  void copy(int64_t picture, int64_t line, int64_t n, int twice, In* to) const {
     const int64_t count = std::min(chunks * depth, c.channels - from), whole = count / depth, rest = count % depth;
     for (int64_t i = 0; i < n; i += kSome) {
       const int64_t last = std::min(i + kSome, n);
       for (int64_t k = 0; k < whole; ++k)
         for (int64_t j = i; j < last; ++j) {
-          const In* const at = line + (j >> twice) * c.pixel + k * depth;
-          __builtin_prefetch(at + kSome * c.pixel);
-          std::memcpy(static_cast<void*>(to + (k * pixels + j) * depth), at, size_t(depth) * sizeof(In));
+          const int64_t at = line + (j >> twice) * c.pixel + k * depth;
+          source.prefetch(at + kSome * c.pixel);
+          source.template chunk<depth>(to + (k * pixels + j) * depth, picture, at, from + k * depth, depth);
         }
       if (rest == 0) continue;
       for (int64_t j = i; j < last; ++j) {
         In* const out = to + (whole * pixels + j) * depth;
-        std::memcpy(static_cast<void*>(out), line + (j >> twice) * c.pixel + whole * depth, size_t(rest) * sizeof(In));
+        source.template chunk<0>(out, picture, line + (j >> twice) * c.pixel + whole * depth, from + whole * depth, rest);
         std::fill(out + rest, out + depth, In{});
       }
     }
@@ -308,10 +322,17 @@ struct Packer {
 
   void operator()(int64_t begin, int64_t end, In* to) const {
     const int64_t rows = c.out_h(), wide = c.padded_w();
+    const bool pointwise = c.pointwise();
     fill(to, pixels - kTile * c.stride - c.kernel + 1, pixels, In{});  // what tiles read beyond the last pixel
-    if (c.pointwise()) return copy(x + begin * c.w * c.pixel + from, (end - begin) * c.w, 0, to);
     for (int64_t row = begin; row < end;) {
-      const int64_t some = std::min(end, row / rows * rows + rows) - row;
+      const int64_t picture = row / rows, some = std::min(end, (picture + 1) * rows) - row;
+      const int64_t first = picture * c.picture + from;
+      if (pointwise) {
+        copy(picture, first + row % rows * c.line, some * c.w, 0, to);
+        to += some * c.w * depth;
+        row += some;
+        continue;
+      }
       const int64_t top = row % rows * c.stride - c.padding, lines = (some - 1) * c.stride + c.kernel;
       for (int64_t y = top; y < top + lines; ++y, to += wide * depth) {
         if (y < 0 || y >= c.in_h()) {
@@ -321,7 +342,7 @@ struct Packer {
         fill(to, 0, c.padding, outside);
         fill(to, c.padding + c.in_w(), wide, outside);
         const int twice = c.upsample ? 1 : 0;
-        copy(x + row / rows * c.picture + (y >> twice) * c.line + from, c.in_w(), twice, to + c.padding * depth);
+        copy(picture, first + (y >> twice) * c.line, c.in_w(), twice, to + c.padding * depth);
       }
       row += some;
     }
@@ -398,8 +419,8 @@ class Pending {
   int64_t first_ = 0, output_ = 0;
 };
 
-template <class P, class Put>
-inline void product(const Convolution& c, const typename P::In* x, const typename P::Weight* weight,
+template <class P, class Source, class Put>
+inline void product(const Convolution& c, const Source& source, const typename P::Weight* weight,
                     typename P::In outside, const Put& put) {
   typedef typename P::In In;
   typedef typename P::Sum Sum;
@@ -413,10 +434,12 @@ inline void product(const Convolution& c, const typename P::In* x, const typenam
   const int64_t strips = (all + cut.rows - 1) / cut.rows;
   std::vector<int64_t> offsets(static_cast<size_t>(taps));
   for (int64_t t = 0; t < taps; ++t) offsets[size_t(t)] = (t / c.kernel * c.padded_w() + t % c.kernel) * depth;
-  parallel_for(0, strips * cut.parts, 1, [&](int64_t task, int64_t last_task) {
+  const int64_t tasks = strips * cut.parts;
+  std::atomic<int64_t> next{0};  // a thread that is held up leaves its share to the others
+  parallel_for(0, std::min<int64_t>(tasks, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
     static thread_local Workspace workspace;
     [[maybe_unused]] const typename Blocks<P>::Scope scope;
-    for (; task < last_task; ++task) {
+    for (int64_t task; (task = next++) < tasks;) {
       const int64_t begin = task / cut.parts * cut.rows, end = std::min(begin + cut.rows, all);
       const int64_t part = task % cut.parts;
       const int64_t first = part * panels / cut.parts, last = (part + 1) * panels / cut.parts;
@@ -432,7 +455,7 @@ inline void product(const Convolution& c, const typename P::In* x, const typenam
       Pending<P, Put> pending(put);
       for (int64_t k = 0; k < chunks || k == 0; k += cut.chunks) {
         const int64_t some = std::min(cut.chunks, chunks - k);
-        Packer<P>{c, x, outside, k * depth, some, strip.pixels}(begin, end, input);
+        Packer<P, Source>{c, source, outside, k * depth, some, strip.pixels}(begin, end, input);
         const int turns = int(std::max<int64_t>(1, some * taps));
         int64_t turn = 0;
         const auto block = [&](int64_t panel, int64_t pair) {

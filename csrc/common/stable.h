@@ -14,12 +14,18 @@
 #include <type_traits>
 #include <vector>
 
+#include "blocks.h"
 #include "isa.h"
-#include "pages.h"
 
 #if TORCH_TARGET_VERSION != 0x020a000000000000
 #error "compile with -DTORCH_TARGET_VERSION=0x020a000000000000: one library must serve every torch from 2.10 on"
 #endif
+
+// From torch 2.11 on; older ones leave it null.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* made, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace ldmfast {
 
@@ -70,17 +76,45 @@ inline Sizes strides_of(const Tensor& t) { return Sizes(t.strides().begin(), t.s
 
 constexpr size_t kLargeBlock = size_t(16) << 20;  // bytes: what glibc may take fresh from the kernel
 
+// A block's memory as a tensor; false where there is none to be had.
+inline bool take_block(size_t bytes, const Sizes& sizes, const Sizes& strides, int32_t dtype, int32_t device_index,
+                       AtenTensorHandle* made) {
+  if (torch_from_blob == nullptr) return false;
+  size_t size = 0;
+  void* const memory = Blocks::all().take(bytes, size);
+  if (memory == nullptr) return false;
+  const auto give = [](void* data, void* context) { Blocks::all().give(data, reinterpret_cast<size_t>(context)); };
+  if (torch_from_blob(memory, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype,
+                      aoti_torch_device_type_cpu(), device_index, made, aoti_torch_layout_strided(), nullptr, 0, give,
+                      reinterpret_cast<void*>(size)) == AOTI_TORCH_SUCCESS)
+    return true;
+  Blocks::all().give(memory, size);
+  return false;
+}
+
+// Bytes of a tensor without gaps, as all that is made here is.
+inline size_t bytes_of(const Sizes& sizes, int32_t dtype) {
+  size_t bytes = 2;
+  if (dtype == aoti_torch_dtype_uint8() || dtype == aoti_torch_dtype_int8()) bytes = 1;
+  if (dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_int32()) bytes = 4;
+  if (dtype == aoti_torch_dtype_float64()) bytes = 8;
+  for (const int64_t n : sizes) bytes *= size_t(n);
+  return bytes;
+}
+
 // New memory on t's device; the plain shim call boxes nothing, so it is cheaper than torch::stable::empty.
 inline Tensor empty_strided(const Tensor& t, const Sizes& sizes, const Sizes& strides, int32_t dtype) {
   int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
   AtenTensorHandle handle;
+  const size_t bytes = bytes_of(sizes, dtype);
+  const bool large = bytes >= kLargeBlock && device_type == aoti_torch_device_type_cpu();
+  if (large && take_block(bytes, sizes, strides, dtype, device_index, &handle)) return Tensor(handle);
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                                   device_type, device_index, &handle));
   const Tensor made(handle);
-  const size_t size = size_t(made.numel()) * size_t(made.element_size());
-  if (size >= kLargeBlock && device_type == aoti_torch_device_type_cpu()) prefer_large_pages(made.mutable_data_ptr(), size);
+  if (large) prefer_large_pages(made.mutable_data_ptr(), bytes);
   return made;
 }
 inline Tensor empty_strided(const Tensor& t, const Sizes& sizes, const Sizes& strides) {

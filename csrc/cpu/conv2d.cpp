@@ -17,7 +17,7 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     using P = Plain<T>;
     Outputs<typename P::Sum, T> put{mutable_data<T>(y), out_channels, for_panels<Acc<T>>(bias, out_channels, 0), {}};
     if (residual.has_value()) put.add(data<T>(more), out_channels);
-    return product<P>(c, data<T>(image), data<T>(weight), T{}, put), 0;
+    return product<P>(c, Copied<T>{data<T>(image)}, data<T>(weight), T{}, put), 0;
   });
   return y;
 }

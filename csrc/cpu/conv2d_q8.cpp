@@ -15,13 +15,9 @@ Tensor conv2d_q8(const Tensor& q, const Tensor& scale, const Tensor& zero_point,
   const int32_t zero = *data<int32_t>(zero_point);
   dispatch(y, [&](auto tag) {
     using T = decltype(tag);
-    Outputs<int32_t, T> put{mutable_data<T>(y), out_channels, for_panels<Acc<T>>(bias, out_channels, 0),
-                            for_panels<Acc<T>>(weight_scale, out_channels, 0)};
-    for (Acc<T>& s : put.scale) s *= Acc<T>(*data<float>(scale));
-    put.correction.assign(put.scale.size(), 0);
-    for (int64_t i = 0; i < out_channels; ++i) put.correction[size_t(i)] = zero * data<int32_t>(weight_sums)[i];
+    auto put = outputs_of_codes<T>(y, weight_scale, weight_sums, bias, *data<float>(scale), zero);
     if (residual.has_value()) put.add(data<T>(more), out_channels);
-    return product<Codes8>(c, data<uint8_t>(image), data<int8_t>(weight), uint8_t(zero), put), 0;
+    return product<Codes8>(c, Copied<uint8_t>{data<uint8_t>(image)}, data<int8_t>(weight), uint8_t(zero), put), 0;
   });
   return y;
 }

@@ -1,31 +1,8 @@
-// group_norm_silu_q8: uint8 codes of group_norm_silu. The least and largest x of each channel, gathered with its
-// moments, give the range of the result before any of it is computed: the map is affine, and SiLU falls to its only
-// minimum and rises from there on.
+// group_norm_silu_q8: uint8 codes of group_norm_silu.
 #include "common/group_norm.h"
 #include "common/stable.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
-namespace {
-
-constexpr double kLowest = -0.2784645427610738, kLowestAt = -1.2784645427610738;  // minimum of SiLU, and where
-
-double exact_silu(double y) { return y / (1 + std::exp(-y)); }
-
-template <class A>
-Range range_of(const Affine<A>& f, bool with_silu) {
-  Range range;
-  for (size_t i = 0; i < f.lo.size(); ++i) {
-    const auto y = [&](A x) { return (double(x) - double(f.centre[i])) * double(f.gain[i]) + double(f.offset[i]); };
-    const double one = y(f.lo[i]), other = y(f.hi[i]);
-    range.add(with_silu ? exact_silu(one) : one);
-    range.add(with_silu ? exact_silu(other) : other);
-    if (with_silu && std::min(one, other) < kLowestAt && std::max(one, other) > kLowestAt) range.add(kLowest);
-  }
-  return range;
-}
-
-}  // namespace
-
 Codes group_norm_silu_q8(const Tensor& x, const OptionalTensor& shift, int64_t num_groups,
                          const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool silu,
                          int64_t pad) {

@@ -16,7 +16,7 @@ Tensor linear_geglu(const Tensor& x, const Tensor& weight, const OptionalTensor&
     GatedOutputs<typename P::Sum, T> put{{}, mutable_data<T>(y), out_features};
     put.both.shift = for_gated_panels<Acc<T>>(bias, out_features);
     const int64_t outputs = 2 * up(out_features, kTile);
-    return product<P>(tokens(rows, outputs), data<T>(rows.tensor), data<T>(weight), T{}, put), 0;
+    return product<P>(tokens(rows, outputs), Copied<T>{data<T>(rows.tensor)}, data<T>(weight), T{}, put), 0;
   });
   return y;
 }

@@ -25,7 +25,7 @@ Tensor linear_geglu_q8(const Tensor& q, const Tensor& scale, const Tensor& zero_
       put.both.correction[size_t(j / kTile * kOutputs + half * kTile + j % kTile)] =
           *data<int32_t>(zero_point) * data<int32_t>(weight_sums)[i];
     }
-    return product<Codes8>(tokens(rows, int64_t(put.both.scale.size())), data<uint8_t>(rows.tensor),
+    return product<Codes8>(tokens(rows, int64_t(put.both.scale.size())), Copied<uint8_t>{data<uint8_t>(rows.tensor)},
                            data<int8_t>(weight), uint8_t{}, put),
            0;
   });

@@ -60,7 +60,7 @@ def _module_difference(path: str, module: nn.Module, wanted: tuple[type, dict[st
         return f"{path!r} has a forward of its own (a hook, of offloading or of a cache)"
     if isinstance(module, nn.Dropout) and module.training and module.p > 0:
         return "dropout is active in train() mode"
-    if kind.__name__ == "LabelEmbedding" and module.training and getattr(module, "dropout_prob", 1):
+    if kind.__name__ == "LabelEmbedding" and module.training and getattr(module, "dropout_prob", True):
         return "class labels are dropped in train() mode"
     return _changed(f"{path}.", _attributes(module), wanted[1])
 

@@ -8,6 +8,12 @@ from torch import nn
 from torch.nn.modules import module as _torch
 
 
+def hooked(m: nn.Module) -> bool:
+    """Whether a call of m has to pass forward hooks, its own or those for all modules."""
+    return bool(m._forward_hooks or m._forward_pre_hooks or _torch._global_forward_hooks
+                or _torch._global_forward_pre_hooks)
+
+
 class Direct(nn.Module):
     """Calls forward() at once unless forward hooks are registered, on this module or for all.
 
@@ -16,7 +22,6 @@ class Direct(nn.Module):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (self._forward_hooks or self._forward_pre_hooks or _torch._global_forward_hooks
-                or _torch._global_forward_pre_hooks):
+        if hooked(self):
             return super().__call__(*args, **kwargs)
         return self.forward(*args, **kwargs)

@@ -31,7 +31,7 @@ _DTYPES = {torch.float32} | ({torch.bfloat16} if ONEDNN and torch.ops.mkldnn._is
 # whether products are ours where there are any (docs/performance.md, "Our own products")
 OWN = ops.CPU_LIBRARY.loaded and level() == "amx"
 
-_AT_ONCE = 1 << 20  # numbers of a weight that are rounded to 8 bits at a time: they stay in cache
+_AT_ONCE = 1 << 20  # numbers of a weight that are converted at a time: they stay in cache
 
 
 class Quantized(NamedTuple):
@@ -63,17 +63,16 @@ def _packs_own(weight: Tensor) -> bool:
 
 def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weight (out, ...) -> int8 values and one fp32 scale for each output, symmetric: value * scale."""
-    rows = weight.detach().flatten(1)
-    values = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
-    scale = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    some = max(1, _AT_ONCE // max(1, rows.shape[1]))
-    for part, ints, steps in zip(rows.split(some), values.split(some), scale.split(some)):
-        numbers = part.float()
-        torch.amax(numbers.abs(), 1, out=steps)
-        steps.div_(127.0)
-        steps[steps == 0] = 1.0  # NaN stays: the product shows it
-        ints.copy_((numbers / steps[:, None]).nan_to_num_(0.0).round_())
+    values, scale = ops.quantize_rowwise(weight.detach().flatten(1))
     return values.view(weight.shape), scale
+
+
+def _sums(values: Tensor) -> Tensor:
+    """Of each output's int8 values, int32. In floating point, exactly: torch's integer sums take ten times as long."""
+    rows = values.flatten(1)
+    wide = torch.float32 if 127 * rows.shape[1] < 2**24 else torch.float64
+    some = max(1, _AT_ONCE // max(1, rows.shape[1]))
+    return torch.cat([part.to(wide).sum(1).int() for part in rows.split(some)]) if len(rows) else rows.sum(1).int()
 
 
 class Int8Weight(nn.Module):
@@ -96,7 +95,7 @@ class Int8Weight(nn.Module):
         self.packed = ONEDNN_INT8 and not self.own and values.device.type == "cpu"
         self.layout: Packed | None = None
         # what a zero point of 1 adds to each output
-        sums = values.flatten(1).sum(1, dtype=torch.int32)
+        sums = _sums(values)
         if self.own:
             self.values = ops.pack_weight(side_by_side(values) if self.gated else values)
         elif self.packed and conv is not None:
@@ -257,9 +256,7 @@ class Conv2d(Direct, nn.Conv2d):
             return self._int8(self.int8, x, residual, upsample)
         assert isinstance(x, Tensor)
         if self.own:
-            return ops.conv2d(x, self.weight, self.bias, residual, out_channels=self.out_channels,
-                              kernel=self.kernel_size[0], stride=self.stride[0], padding=int(self.padding[0]),
-                              upsample=upsample)
+            return ops.conv2d(x, self.weight, self.bias, residual, upsample=upsample, **self.sizes())
         x = ops.upsample2x(x) if upsample else x
         weight = self.weight if self.layout is None else self.layout.at(x)
         if not _onednn(x):
@@ -275,9 +272,7 @@ class Conv2d(Direct, nn.Conv2d):
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None, upsample: bool) -> Tensor:
         if w.own:
             x = Quantized(*ops.quantize(x)) if isinstance(x, Tensor) else x
-            return ops.conv2d_q8(*x, w.values, w.scale, w.sums, w.bias, residual,
-                                 out_channels=self.out_channels, kernel=self.kernel_size[0], stride=self.stride[0],
-                                 padding=int(self.padding[0]), upsample=upsample)
+            return ops.conv2d_q8(*x, w.values, w.scale, w.sums, w.bias, residual, upsample=upsample, **self.sizes())
         if isinstance(x, Tensor):
             x = Quantized(*ops.quantize(ops.upsample2x(x) if upsample else x, pad=self.border))
         if w.layout is None or x.values.numel() == 0:
@@ -293,6 +288,11 @@ class Conv2d(Direct, nn.Conv2d):
                 self.stride, (0, 0), self.dilation, self.groups, 1.0, 0,
                 torch.bfloat16 if _WRITES_BF16 else torch.float32, "none", [], "").to(torch.bfloat16)
         return out if residual is None else out.add_(residual)
+
+    def sizes(self) -> dict[str, int]:
+        """What the ops of our own take beside tensors."""
+        return {"out_channels": self.out_channels, "kernel": self.kernel_size[0], "stride": self.stride[0],
+                "padding": int(self.padding[0])}
 
     @property
     def border(self) -> int:

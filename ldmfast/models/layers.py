@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .direct import Direct
+from .direct import Direct, hooked
 from .gemm import Conv2d, GatedLinear, Linear, Quantized
 
 # rows of one small GEMM: one register tile of oneDNN and MKL, and weights are read once for 16 steps
@@ -112,6 +112,21 @@ class GroupNorm(Direct, nn.GroupNorm):
                                                  silu=self.silu, pad=layer.border))
 
 
+    def conv(self, layer: Conv2d, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """layer(forward(x, shift), residual); as one op where convolutions are our own and nobody looks between."""
+        if hooked(self) or hooked(layer):
+            return layer(self.into(layer, x, shift), residual)
+        own, w = self._parameters, layer.int8
+        norm = (x, self.num_groups, own["weight"], own["bias"], self.eps)
+        if w is not None and w.own:
+            return ops.norm_conv2d_q8(*norm, w.values, w.scale, w.sums, w.bias, residual, shift=shift, silu=self.silu,
+                                      **layer.sizes())
+        if w is None and layer.own:
+            return ops.norm_conv2d(*norm, layer.weight, layer.bias, residual, shift=shift, silu=self.silu,
+                                   **layer.sizes())
+        return layer(self.into(layer, x, shift), residual)
+
+
 class LayerNorm(Direct, nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         own = self._parameters
@@ -148,13 +163,13 @@ class ResnetBlock(Direct):
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         own: Any = self._modules
         conv1, norm2, conv2, shortcut = own["conv1"], own["norm2"], own["conv2"], self.conv_shortcut
-        h = conv1(own["norm1"].into(conv1, x))
+        h = own["norm1"].conv(conv1, x)
+        x = x if shortcut is None else shortcut(x)
         if self.scale_shift and time is not None:
             gain, shift = time[:, :, None, None].chunk(2, dim=1)
-            h = F.silu(norm2(h).mul_(1 + gain).add_(shift), inplace=True)
+            h = conv2(F.silu(norm2(h).mul_(1 + gain).add_(shift), inplace=True), x)
         else:
-            h = norm2.into(conv2, h, time)
-        h = conv2(h, x if shortcut is None else shortcut(x))
+            h = norm2.conv(conv2, h, time, x)
         return h if self.scale == 1.0 else h.div_(self.scale)
 
 

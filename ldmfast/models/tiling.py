@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ..ops._load import reused_memory
 
 Network = Callable[[Tensor], Tensor]
 # of a tile, diffusers' share; linear blending over it hides the tiles' different norm statistics
@@ -69,7 +70,8 @@ def run(network: Network, x: Tensor, tile: int | None, scale: float, slice: bool
     def whole(part: Tensor) -> Tensor:
         return network(part) if tile is None else tiled(network, part, tile, scale)
 
-    return sliced(whole, x) if slice else whole(x)
+    with reused_memory():
+        return sliced(whole, x) if slice else whole(x)
 
 
 def check_image(name: str, x: Tensor, channels: int, multiple: int = 1) -> None:

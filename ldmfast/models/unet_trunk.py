@@ -107,7 +107,7 @@ class UNetTrunk(Model):
         for up in self.up_blocks:
             below = len(skips) - len(cast(UpBlock, up).resnets)
             x = up(x, skips, step, tuple(skips[below - 1].shape[2:]) if below > 0 else None)
-        return self.conv_out(self.conv_norm_out(x))
+        return self.conv_norm_out.conv(self.conv_out, x)
 
 
 def _same_shapes(name: str, own: Sequence[Tensor], given: Sequence[Tensor]) -> None:

@@ -118,7 +118,7 @@ class Encoder(nn.Module):
         x = self.conv_in(channels_last(x))
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+        return self.conv_norm_out.conv(self.conv_out, self.mid_block(x))
 
 
 class Decoder(nn.Module):
@@ -142,5 +142,6 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(channels_last(z)), latent)
         for block in self.up_blocks:
             x = block(x, latent)
-        x = self.conv_norm_out(x) if latent is None else self.conv_norm_out(x, latent)
-        return self.conv_out(x)
+        if isinstance(self.conv_norm_out, GroupNorm):
+            return self.conv_norm_out.conv(self.conv_out, x)
+        return self.conv_out(self.conv_norm_out(x, latent))

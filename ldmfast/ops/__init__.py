@@ -19,9 +19,12 @@ from .layer_norm_modulate_q8 import layer_norm_modulate_q8
 from .lincomb import lincomb
 from .linear_geglu import linear_geglu
 from .linear_geglu_q8 import linear_geglu_q8
+from .norm_conv2d import norm_conv2d
+from .norm_conv2d_q8 import norm_conv2d_q8
 from .pack_weight import pack_weight
 from .qk_norm_rope import qk_norm_rope
 from .quantize import quantize
+from .quantize_rowwise import quantize_rowwise
 from .rms_norm import rms_norm
 from .upsample2x import upsample2x
 
@@ -32,6 +35,6 @@ _op.register_triton()
 
 __all__ = [
     "attention", "conv2d", "conv2d_q8", "gate_residual", "geglu", "geglu_q8", "group_norm_silu", "group_norm_silu_q8",
-    "layer_norm_modulate", "layer_norm_modulate_q8", "lincomb", "linear_geglu", "linear_geglu_q8", "pack_weight",
-    "qk_norm_rope", "quantize", "rms_norm", "upsample2x",
+    "layer_norm_modulate", "layer_norm_modulate_q8", "lincomb", "linear_geglu", "linear_geglu_q8", "norm_conv2d",
+    "norm_conv2d_q8", "pack_weight", "qk_norm_rope", "quantize", "quantize_rowwise", "rms_norm", "upsample2x",
 ]

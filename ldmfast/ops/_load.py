@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import importlib
 import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -113,6 +117,25 @@ def kernel_file(name: str) -> Path:
 def kernel_module(name: str) -> ModuleType:
     """Imports ldmfast.kernels.<name>, and Triton with it."""
     return importlib.import_module(f"ldmfast.kernels.{name}")
+
+
+@contextlib.contextmanager
+def reused_memory() -> Iterator[None]:
+    """Inside, results of 16 MiB and more that are let go of lend their memory to later ones of the same size or half of
+    it, of any thread; free memory and that in use are never more than the most that was in use. What is free at the
+    end of the last such block of code goes back to the system. Nothing happens below torch 2.11."""
+    hold = _hold_blocks()
+    hold(1)
+    try:
+        yield
+    finally:
+        hold(0)
+
+
+@functools.cache
+def _hold_blocks() -> Callable[[int], Any]:
+    path = PACKAGE / "libldmfast_ops.so"
+    return ctypes.CDLL(str(path)).ldmfast_hold_blocks if path.exists() else lambda on: None
 
 
 def keep_freed_memory() -> None:

@@ -114,11 +114,19 @@ def check_codes(op: str, q: Tensor, scale: Tensor, zero_point: Tensor, weight_sc
                 outputs: int) -> None:
     if q.dtype != torch.uint8:
         raise ShapeError(f"{op}: q is {q.dtype}, needs the torch.uint8 codes of ops.quantize")
-    for name, x, dtype, size in (("scale", scale, torch.float32, 1), ("zero_point", zero_point, torch.int32, 1),
-                                 ("weight_scale", weight_scale, torch.float32, outputs),
-                                 ("weight_sums", weight_sums, torch.int32, outputs)):
-        if x.dtype != dtype or x.shape != (size,) or not x.is_contiguous():
-            raise ShapeError(f"{op}: {name} is {x.dtype} {shape_of(x)}, needs {dtype} ({size},)")
+    _check_vector(op, "scale", scale, torch.float32, 1)
+    _check_vector(op, "zero_point", zero_point, torch.int32, 1)
+    check_weight_codes(op, weight_scale, weight_sums, outputs)
+
+
+def check_weight_codes(op: str, weight_scale: Tensor, weight_sums: Tensor, outputs: int) -> None:
+    _check_vector(op, "weight_scale", weight_scale, torch.float32, outputs)
+    _check_vector(op, "weight_sums", weight_sums, torch.int32, outputs)
+
+
+def _check_vector(op: str, name: str, x: Tensor, dtype: torch.dtype, size: int) -> None:
+    if x.dtype != dtype or x.shape != (size,) or not x.is_contiguous():
+        raise ShapeError(f"{op}: {name} is {x.dtype} {shape_of(x)}, needs {dtype} ({size},)")
 
 
 def check_products(op: str, products: int) -> None:

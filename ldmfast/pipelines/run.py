@@ -14,6 +14,7 @@ from PIL import Image
 from .. import __version__
 from ..errors import LdmfastError, ShapeError
 from ..models import DiT, PixArt
+from ..ops._load import reused_memory
 from ..samplers import StopSampling, sample
 from .aspect_ratio import fit
 from .denoiser import Conditions, Denoiser, NanFinder, guidance_embedding, not_finite
@@ -54,7 +55,8 @@ class Call:
 def fits_memory(request: Request) -> Iterator[None]:
     """Raises ShapeError for a call that is too large for the memory."""
     try:
-        yield
+        with reused_memory():
+            yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
