@@ -129,6 +129,7 @@ class JointPipeline(Pipeline):
         if guided and steps.predictions == ("e",):
             steps = steps.with_guidance(scale)
         kept = {k: a[k] for k in self.kept if a.get(k) is not None}
+        kept |= {k: [float(s) for s in kept[k]] for k in ("sigmas",) if k in kept}
         return JointRequest(
             texts, negative_texts, embeds, negative_embeds, count * per_prompt, per_prompt, int(height), int(width),
             scale, steps, random_source(a["generator"], count * per_prompt), latents, a["output_type"],
@@ -194,8 +195,8 @@ class JointPipeline(Pipeline):
     def _branches(self, request: JointRequest) -> list[PromptEmbeds]:
         """[uncond, cond], or [cond] without guidance, one row a picture."""
         found = []
-        negative = (request.negative_texts, request.negative_embeds)
-        for texts, embeds, clip_skip in ((*negative, None), (request.texts, request.embeds, request.clip_skip)):
+        for texts, embeds, clip_skip in ((request.negative_texts, request.negative_embeds, None),
+                                         (request.texts, request.embeds, request.clip_skip)):
             if texts is not None:
                 embeds = self.encode(texts, request.max_sequence_length, clip_skip)
             if embeds is not None:
@@ -215,9 +216,10 @@ class JointPipeline(Pipeline):
         rows = []
         for i in range(request.pictures):
             p = i // request.per_prompt
-            own = {"prompt": None if request.texts is None else request.texts[0][p],
-                   "negative_prompt": None if request.negative_texts is None else request.negative_texts[0][p],
-                   "seed": request.random.seeds[i], "texts": {}}
+            own: dict[str, Any] = {
+                "prompt": None if request.texts is None else request.texts[0][p],
+                "negative_prompt": None if request.negative_texts is None else request.negative_texts[0][p],
+                "seed": request.random.seeds[i], "texts": {}}
             for prefix, columns in (("", request.texts), ("negative_", request.negative_texts)):
                 own["texts"] |= {prefix + n: c[p] for n, c in zip(self.prompts, columns or ())}
             rows.append(own)

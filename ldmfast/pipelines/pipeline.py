@@ -11,7 +11,7 @@ import torch
 
 from .. import checkpoints
 from ..errors import CheckpointError
-from ..models import DiT, FluxTransformer2D, PixArt, SD3Transformer2D
+from ..models import REGISTRY, DiT, FluxTransformer2D, PixArt, SD3Transformer2D
 from .inputs import GeneratorLike
 from .load import ASSETS, Components, load, resolve_device, resolve_precision
 from .output import PipelineOutput
@@ -74,6 +74,10 @@ class Pipeline:
         where = resolve_device(device)
         name, kind = resolve_precision(precision, dtype, where)
         parts = checkpoints.open_single_file(Path(path), prediction_type=prediction_type)
+        if "transformer" in parts.names:
+            network = REGISTRY[parts.class_name("transformer")][1].__name__
+            raise CheckpointError(f"{path}: holds a {network} without the text side of a pipeline; open the model's "
+                                  f"diffusers folder, or the network alone with models.{network}.from_single_file")
         return cls(load(parts, name, kind, where), precision=name, device=where, source=str(path))
 
     @classmethod

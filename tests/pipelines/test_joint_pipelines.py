@@ -184,6 +184,17 @@ def test_wrong_calls(which, call, message, request) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_of_the_network_is_no_pipeline(flux, tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    width = {"img_in.weight": (64, 16), "txt_in.weight": (64, 24), "vector_in.in_layer.weight": (64, 32),
+             "final_layer.linear.weight": (16, 64), "double_blocks.0.img_attn.norm.query_norm.scale": (16,),
+             "double_blocks.0.img_attn.qkv.weight": (192, 64)}
+    save_file({k: torch.zeros(v) for k, v in width.items()}, tmp_path / "flux.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds a FluxTransformer2D without .* FluxTransformer2D.from_single_file"):
+        ldmfast.Pipeline.from_single_file(tmp_path / "flux.safetensors")
+
+
 def test_other_pipelines_of_the_families_are_refused(flux, tmp_path) -> None:
     import json
     import shutil
