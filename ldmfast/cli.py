@@ -124,7 +124,7 @@ def generate(
             pipe = _open(model or "tiny", precision or "exact", device)
             loaded = time.perf_counter()
             given = {"image": _picture(image), "mask_image": _picture(mask), "strength": strength}
-            sources = {name: value for name, value in given.items() if value is not None}
+            sources: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
             if sources and not pipe.takes_pictures:
                 raise LdmfastError("this model draws from a text alone: leave out --image, --mask and --strength")
             result = pipe(prompt, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,

@@ -127,11 +127,11 @@ class SingleFile(Parts):
             numbers = ldm.Numbers(blocks=config["num_layers"])
             parts["transformer"] = _Part(kind, transformer, config, self._sources(kind, transformer, numbers))
         for kind, layout in (("flux", flux), ("sd3", sd3)):
-            prefix = next((p for p in layout.PREFIXES if p + layout.MARK in self._shapes), None)
-            if prefix is not None:
-                config = layout.config(self._behind(prefix))
+            before = next((p for p in layout.PREFIXES if p + layout.MARK in self._shapes), None)
+            if before is not None:
+                config = layout.config(self._behind(before))
                 numbers = ldm.Numbers(blocks=config["num_layers"])
-                parts["transformer"] = _Part(kind, prefix, config, self._sources(kind, prefix, numbers))
+                parts["transformer"] = _Part(kind, before, config, self._sources(kind, before, numbers))
                 if kind == "sd3" and "vae" in parts:
                     parts["vae"].config.update(sd3.VAE)
         if not parts:

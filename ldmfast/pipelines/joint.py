@@ -232,7 +232,8 @@ class JointPipeline(Pipeline):
         check_settings(self, settings, image, mask_image)
         rows = settings.get("batch") or [settings]
         texts = {name: [row["texts"][name] for row in rows] for name in rows[0]["texts"]}
-        out = self(**settings["arguments"], **texts, generator=[row["seed"] for row in rows], progress=progress)
+        call: Any = self  # the families' arguments are not Pipeline's
+        out = call(**settings["arguments"], **texts, generator=[row["seed"] for row in rows], progress=progress)
         assert isinstance(out, PipelineOutput)
         index = settings.get("index", 0) if settings.get("batch") else 0
         return PipelineOutput([out.images[index]], [out.settings[index]], out.cancelled)
