@@ -17,6 +17,7 @@ from ..errors import LdmfastError, ShapeError
 from .direct import Direct
 from .gemm import Conv2d, GatedLinear, Linear, Quantized
 from .layers import Attention, KeysValues, as_tokens, by_rows, channels_last, timestep_embedding
+from .linears import GeluLinear
 from .unet_state import as_list
 
 # adaLN rows of all steps that a state may hold; beyond it they are made at each step (50 steps of DiT-XL for 8 classes
@@ -118,8 +119,7 @@ class MLP(Direct):
         super().__init__()
         inner = 4 * channels
         first = (GatedLinear(channels, 2 * inner) if activation == "geglu" else
-                 Linear(channels, inner))
-        self.tanh = activation == "gelu-approximate"
+                 GeluLinear(channels, inner) if activation == "gelu-approximate" else Linear(channels, inner))
         self.net = nn.ModuleList([_Projection(first), nn.Identity(), Linear(inner, channels)])
 
     @property
@@ -131,7 +131,8 @@ class MLP(Direct):
         first, last = self.entry, cast(Linear, self.net[2])
         if isinstance(first, GatedLinear):
             return last(first(x, codes=last.int8 is not None))
-        return last(nn.functional.gelu(first(x), approximate="tanh" if self.tanh else "none"))
+        inner = first(x)
+        return last(inner if isinstance(first, GeluLinear) else nn.functional.gelu(inner))
 
 
 @dataclass(frozen=True)

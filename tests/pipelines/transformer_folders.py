@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import _randomise, _vae
+from small_parts import randomise, vae
 
 WORDS = ("a", "red", "cat", "two", "dogs", "on", "the", "moon", "in", "rain", "painting", "of", "an", "old", "house",
          "blurry", "very", "wide", "view")
@@ -23,7 +23,7 @@ def t5(width: int = 24):
 
     encoder = T5EncoderModel(T5Config(vocab_size=len(tokenizer()), d_model=width, d_kv=8, d_ff=48, num_layers=2,
                                       num_heads=3, feed_forward_proj="gated-gelu", dropout_rate=0.0)).eval()
-    _randomise(encoder, 5)
+    randomise(encoder, 5)
     return encoder
 
 
@@ -51,8 +51,8 @@ def pixart(sigma: bool = False, sample_size: int = 8):
 
 
 def _pipe(kind, net, last: str, **parts):
-    _randomise(net, 1)
+    randomise(net, 1)
     net.get_submodule(last).weight.data.mul_(0.3)  # predictions near unit size, as a trained network's are
-    pipe = kind(transformer=net, vae=_vae(2), **parts)
+    pipe = kind(transformer=net, vae=vae(2), **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
