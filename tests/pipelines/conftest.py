@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from small_parts import randomise, vae
+from small_parts import TOKENIZER, randomise, text, vae
 
 import ldmfast
-
-TOKENIZER = Path(ldmfast.__file__).parent / "assets" / "clip_tokenizer"
-
-
-def _text(width: int, layers: int, projected: bool, seed: int):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-                            num_attention_heads=2, vocab_size=49408, projection_dim=width,
-                            hidden_act="gelu" if projected else "quick_gelu")
-    model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
-    randomise(model, seed)
-    return model
 
 
 def _unet(in_channels: int, **extra):
@@ -47,7 +32,7 @@ def make_sd(in_channels: int = 4, **schedule):
 
     cls = StableDiffusionInpaintPipeline if in_channels == 9 else StableDiffusionPipeline
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **{**SD_SCHEDULE, **schedule})
-    return cls(vae=vae(2), text_encoder=_text(32, 2, False, 3), tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
+    return cls(vae=vae(2), text_encoder=text(32, 2, False, 3), tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
                unet=_unet(in_channels), scheduler=scheduler, safety_checker=None, feature_extractor=None,
                requires_safety_checker=False)
 
@@ -63,8 +48,8 @@ def make_sdxl():
                  up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     second = CLIPTokenizer.from_pretrained(TOKENIZER, pad_token="!")
-    return StableDiffusionXLPipeline(vae=vae(2), text_encoder=_text(32, 2, False, 3), tokenizer=tokenizer,
-                                     text_encoder_2=_text(32, 3, True, 4), tokenizer_2=second, unet=unet,
+    return StableDiffusionXLPipeline(vae=vae(2), text_encoder=text(32, 2, False, 3), tokenizer=tokenizer,
+                                     text_encoder_2=text(32, 3, True, 4), tokenizer_2=second, unet=unet,
                                      scheduler=EulerDiscreteScheduler(**SD_SCHEDULE), add_watermarker=False)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import TOKENIZER, _randomise, _text
+from small_parts import TOKENIZER, randomise, text
 from transformer_folders import t5, tokenizer
 
 
@@ -13,7 +13,7 @@ def _vae(channels: int = 4):
                         latent_channels=channels, down_block_types=("DownEncoderBlock2D",) * 4,
                         up_block_types=("UpDecoderBlock2D",) * 4, sample_size=64, shift_factor=0.06,
                         scaling_factor=1.5, use_quant_conv=False, use_post_quant_conv=False).eval()
-    _randomise(vae, 2)
+    randomise(vae, 2)
     return vae
 
 
@@ -24,7 +24,7 @@ def _clip():
 
 
 def _finished(pipe):
-    _randomise(pipe.transformer, 1)
+    randomise(pipe.transformer, 1)
     pipe.transformer.proj_out.weight.data.mul_(0.3)  # predictions near unit size, as a trained network's are
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -42,7 +42,7 @@ def sd3(with_t5: bool = True, dynamic: bool = False):
     schedule = {"shift": 1.0, "use_dynamic_shifting": True} if dynamic else {"shift": 3.0}
     return _finished(StableDiffusion3Pipeline(
         transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(**schedule), vae=_vae(),
-        text_encoder=_text(32, 2, True, 3), tokenizer=_clip(), text_encoder_2=_text(32, 3, True, 4),
+        text_encoder=text(32, 2, True, 3), tokenizer=_clip(), text_encoder_2=text(32, 3, True, 4),
         tokenizer_2=_clip(), **parts))
 
 
@@ -55,4 +55,4 @@ def flux(guidance: bool = True):
     schedule = {"shift": 3.0, "use_dynamic_shifting": True} if guidance else {}
     return _finished(FluxPipeline(
         transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(**schedule), vae=_vae(),
-        text_encoder=_text(32, 2, False, 3), tokenizer=_clip(), text_encoder_2=t5(24), tokenizer_2=tokenizer()))
+        text_encoder=text(32, 2, False, 3), tokenizer=_clip(), text_encoder_2=t5(24), tokenizer_2=tokenizer()))

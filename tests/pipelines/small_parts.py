@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+
+import ldmfast
+
+TOKENIZER = Path(ldmfast.__file__).parent / "assets" / "clip_tokenizer"
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:
@@ -21,5 +27,16 @@ def vae(seed: int):
     model = AutoencoderKL(block_out_channels=(16, 16, 32, 32), norm_num_groups=8, layers_per_block=1, latent_channels=4,
                           down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
                           sample_size=64).eval()
+    randomise(model, seed)
+    return model
+
+
+def text(width: int, layers: int, projected: bool, seed: int):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+                            num_attention_heads=2, vocab_size=49408, projection_dim=width,
+                            hidden_act="gelu" if projected else "quick_gelu")
+    model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
     randomise(model, seed)
     return model
