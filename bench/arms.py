@@ -29,6 +29,9 @@ SDXL_UNET = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
+DIT_XL_2 = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "sample_size": 32,
+            "out_channels": 8, "num_embeds_ada_norm": 1000}
+PIXART_4 = {"num_layers": 4, "sample_size": 64, "caption_channels": 4096}  # full width, 4 of the 28 blocks
 SD_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
           "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 CALIBRATION_SAMPLES = 8
@@ -39,10 +42,32 @@ def random_model(cls: Any, config: dict[str, Any], seed: int = 0) -> Any:
     with torch.device("meta"):
         model = cls(**config)
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
+    fill_positions(model)
     noise = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.normal_(std=p[0].numel() ** -0.5, generator=noise) if p.ndim > 1 else p.fill_(0.5)
+    for table in model.buffers():  # SD 3's positions
+        table.normal_(generator=noise)
     return model
+
+
+def fill_positions(model: nn.Module) -> None:
+    """The sines and cosines that a transformer of diffusers holds as a buffer, which is not in its state_dict."""
+    part = getattr(model, "pos_embed", None)
+    if part is not None:
+        fresh = type(part)(height=model.config.sample_size, width=model.config.sample_size,
+                           patch_size=model.config.patch_size, in_channels=1, embed_dim=part.pos_embed.shape[-1],
+                           interpolation_scale=part.interpolation_scale)
+        part.pos_embed.copy_(fresh.pos_embed)
+
+
+def dit_step(dit: Any, sample: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+    return dit(sample, timestep=timestep, class_labels=labels, return_dict=False)[0]
+
+
+def pixart_step(pixart: Any, sample: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    return pixart(sample, text, timestep, {"resolution": None, "aspect_ratio": None}, encoder_attention_mask=mask,
+                  return_dict=False)[0]
 
 
 def unet_step(unet: Any, sample: Tensor, timestep: Tensor, text: Tensor, *added: Tensor) -> Tensor:
@@ -77,6 +102,7 @@ class Network:
         with torch.device("meta"):
             model = self.cls(**self.config).to(torch.bfloat16)
         model = model.to_empty(device="cpu").eval().requires_grad_(False)
+        fill_positions(model)
         model.load_state_dict(self.module.state_dict())
         return model.to(memory_format=torch.channels_last)
 
@@ -102,6 +128,22 @@ def unet(config: dict[str, Any], size: int, low_only: bool = False) -> Network:
     return Network(diffusers.UNet2DConditionModel, config, tuple(inputs), unet_step, low_only=low_only)
 
 
+def dit(config: dict[str, Any], size: int, low_only: bool = False) -> Network:
+    """A class and "no class" (guidance), size x size latents, timestep 500."""
+    noise = torch.Generator().manual_seed(1)
+    inputs = (torch.randn(2, 4, size, size, generator=noise), torch.tensor([500, 500]), torch.tensor([207, 1000]))
+    return Network(diffusers.DiTTransformer2DModel, config, inputs, dit_step, low_only=low_only)
+
+
+def pixart(config: dict[str, Any], size: int) -> Network:
+    """A prompt of 60 tokens and an empty one (guidance) of 120 places, size x size latents, timestep 500."""
+    noise = torch.Generator().manual_seed(1)
+    inputs = (torch.randn(2, 4, size, size, generator=noise), torch.tensor([500, 500]),
+              torch.randn(2, 120, config["caption_channels"], generator=noise),
+              (torch.arange(120) < torch.tensor([[60], [1]])).long())
+    return Network(diffusers.PixArtTransformer2DModel, config, inputs, pixart_step)
+
+
 def vae(config: dict[str, Any], size: int) -> Network:
     """The decoder on one picture of size x size latents."""
     z = torch.randn(1, config["latent_channels"], size, size, generator=torch.Generator().manual_seed(1))
@@ -117,7 +159,12 @@ def ours(net: Network, precision: str) -> Arm:
         if net.run is decode:
             return lambda: model.decode(inputs[0]), {}
         start, added = time.perf_counter(), dict(zip(("text_embeds", "time_ids"), inputs[3:]))
-        state = model.prepare([500.0], inputs[2], added_cond_kwargs=added or None)
+        if net.run is dit_step:
+            state = model.prepare([500.0], class_labels=inputs[2])
+        elif net.run is pixart_step:
+            state = model.prepare([500.0], inputs[2], encoder_attention_mask=inputs[3])
+        else:
+            state = model.prepare([500.0], inputs[2], added_cond_kwargs=added or None)
         facts = {"prepare_s": time.perf_counter() - start}
         return lambda: model(inputs[0], 500.0, state=state), facts
 

@@ -12,6 +12,10 @@ Work:
   group_norm_silu  2x320x64x64 bf16 channels-last: torch GroupNorm + SiLU, and a plain copy
   sd15             one SD 1.5 UNet step, batch 2, 64x64 latents: every arm
   sdxl             one SDXL UNet step, batch 2, 64x64 latents: bf16 and int8
+  dit              DiT-XL/2 forward, batch 2, 32x32 latents: bf16 and int8
+  pixart           PixArt alpha at full width, 4 blocks, batch 2, 64x64 latents
+  sd3              four blocks of SD3-medium's width, batch 2, 64x64 latents, 333 prompt tokens
+  flux             two double and four single blocks of FLUX.1's width, 1024 image and 512 prompt tokens: bf16 and int8
   vae              SD VAE decode of one 512 px picture
   tiny             a whole call of the shipped model, 20 steps
   load             from an SD 1.5 checkpoint on disk to the first step done, in a fresh process
@@ -76,6 +80,16 @@ TARGETS = [
     Target("sd15", "ldmfast int8", "startup_s", 5.0),
     Target("sdxl", "ldmfast bf16", "faster", 1.7, "diffusers bf16"),
     Target("sdxl", "ldmfast int8", "faster", 2.8, "diffusers bf16"),
+    Target("dit", "ldmfast bf16", "faster", 1.6, "diffusers bf16"),
+    Target("dit", "ldmfast int8", "faster", 2.8, "diffusers bf16"),
+    Target("pixart", "ldmfast bf16", "faster", 1.8, "diffusers bf16"),
+    Target("pixart", "ldmfast int8", "faster", 2.8, "diffusers bf16"),
+    Target("sd3", "ldmfast bf16", "faster", 1.8, "diffusers bf16"),
+    Target("sd3", "ldmfast bf16", "faster", 1.05, "OpenVINO bf16"),
+    Target("sd3", "ldmfast int8", "faster", 2.8, "diffusers bf16"),
+    Target("sd3", "ldmfast int8", "faster", 1.6, "OpenVINO bf16"),
+    Target("flux", "ldmfast bf16", "faster", 1.5, "diffusers bf16"),
+    Target("flux", "ldmfast int8", "faster", 2.5, "diffusers bf16"),
     Target("vae", "ldmfast bf16", "faster", 1.5, "diffusers bf16"),
     Target("tiny", "ldmfast exact", "faster", 3.0, "diffusers fp32"),
     Target("tiny", "ldmfast bf16", "faster", 3.0, "diffusers fp32"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import arms
 import diffusers
+import joint_arms
 import torch
 import transformers
 from e2e import PROMPT, TINY, pipeline_arms
@@ -113,6 +114,44 @@ def sdxl(run: Run) -> Iterator[Found]:
                    "weights are rounded to bf16 once the fp32 reference is made, and every arm is made of those")
 
 
+def sd3(run: Run) -> Iterator[Found]:
+    net = joint_arms.sd3(joint_arms.SD3_MEDIUM, 64, 77 + 256)
+    entrants = {"OpenVINO bf16": arms.openvino(net, "bf16", run.cache, run.threads)}
+    entrants |= {"diffusers fp32": arms.eager(net, torch.float32), "diffusers bf16": arms.eager(net, torch.bfloat16)}
+    entrants |= {f"ldmfast {p}": joint_arms.ours(net, p) for p in ("exact", "bf16", "int8")}
+    yield run.race("sd3", entrants, net.reference, "four blocks of SD3-medium's width, 2x16x64x64 latents, 333 prompt "
+                   "tokens")
+
+
+def flux(run: Run) -> Iterator[Found]:
+    net = joint_arms.flux(joint_arms.FLUX_DEV, 32, 512)
+    entrants = {"diffusers bf16": arms.eager(net, torch.bfloat16)}
+    entrants |= {f"ldmfast {p}": joint_arms.ours(net, p) for p in ("bf16", "int8")}
+    yield run.race("flux", entrants, net.reference, "two double and four single blocks of FLUX.1's width, 1024 image "
+                   "and 512 prompt tokens; weights are rounded to bf16 once the fp32 reference is made, and every arm "
+                   "is made of those")
+
+
+def dit(run: Run) -> Iterator[Found]:
+    net = arms.dit(arms.DIT_XL_2, 32, low_only=True)
+    yield transformer_case(run, "dit", net, "DiT-XL/2 forward, 2x4x32x32 latents; to fit in memory, weights are "
+                           "rounded to bf16 once the fp32 reference is made, and every arm is made of those")
+
+
+def pixart(run: Run) -> Iterator[Found]:
+    yield transformer_case(run, "pixart", arms.pixart(arms.PIXART_4, 64), "PixArt alpha, full width, 4 of 28 blocks, "
+                           "2x4x64x64 latents, prompts of 60 and 1 tokens in 120 places")
+
+
+def transformer_case(run: Run, case: str, net: arms.Network, note: str) -> Found:
+    """Every arm on one diffusion transformer; fp32 ones only where its weights are still there."""
+    entrants = {"torch.compile bf16": arms.compiled(net), "diffusers bf16": arms.eager(net, torch.bfloat16)}
+    entrants |= {f"ldmfast {p}": arms.ours(net, p) for p in ("bf16", "int8")}
+    if net.module.dtype == torch.float32:
+        entrants |= {"diffusers fp32": arms.eager(net, torch.float32), "ldmfast exact": arms.ours(net, "exact")}
+    return run.race(case, entrants, net.reference, note)
+
+
 def vae(run: Run) -> Iterator[Found]:
     yield vae_case(run, "vae", arms.SD_VAE, 64)
 
@@ -187,5 +226,5 @@ def load_case(run: Run, case: str, folder: Path) -> Found:
     return case, {"note": "from an fp32 folder on disk to the first step done, after the imports", "arms": rows}
 
 
-WORK: dict[str, Callable[[Run], Iterator[Found]]] = {f.__name__: f for f in (attention, group_norm_silu, sd15, sdxl,
-                                                                            vae, tiny, load)}
+WORK: dict[str, Callable[[Run], Iterator[Found]]] = {f.__name__: f for f in (
+    attention, group_norm_silu, sd15, sdxl, dit, pixart, sd3, flux, vae, tiny, load)}

@@ -123,9 +123,13 @@ def generate(
                 raise LdmfastError("no prompt was given: ldmfast generate \"a red circle above a blue square\"")
             pipe = _open(model or "tiny", precision or "exact", device)
             loaded = time.perf_counter()
-            result = pipe(prompt, height, width, steps, guidance_scale=guidance, negative_prompt=negative,
-                          num_images_per_prompt=num, generator=seed, image=_picture(image),
-                          mask_image=_picture(mask), strength=strength, solver=solver, progress=not quiet)
+            given = {"image": _picture(image), "mask_image": _picture(mask), "strength": strength}
+            sources: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+            if sources and not pipe.takes_pictures:
+                raise LdmfastError("this model draws from a text alone: leave out --image, --mask and --strength")
+            result = pipe(prompt, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
+                          negative_prompt=negative, num_images_per_prompt=num, generator=seed, solver=solver,
+                          progress=not quiet, **sources)
         done = time.perf_counter()
         files = result.save(out)
     except LdmfastError as error:

@@ -7,6 +7,10 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     ControlNetModel,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
@@ -55,6 +59,43 @@ def vae_tiny(**changes) -> AutoencoderTiny:
 
 def vq(**changes) -> VQModel:
     return _seeded(VQModel, **_VAE | dict(num_vq_embeddings=32) | changes)
+
+
+def sd3(**changes) -> SD3Transformer2DModel:
+    return _seeded(SD3Transformer2DModel, **dict(
+        sample_size=16, num_layers=3, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=24,
+        caption_projection_dim=64, pooled_projection_dim=20, pos_embed_max_size=12, in_channels=4, out_channels=4,
+        qk_norm="rms_norm", dual_attention_layers=(0,)) | changes)
+
+
+def flux(**changes) -> FluxTransformer2DModel:
+    return _seeded(FluxTransformer2DModel, **dict(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=24, pooled_projection_dim=20, axes_dims_rope=(4, 6, 6), guidance_embeds=True) | changes)
+
+
+def joint_inputs(model, batch: int = 2, seed: int = 1) -> dict:
+    """The arguments of an SD3 or FLUX transformer, by name."""
+    g = torch.Generator().manual_seed(seed)
+    given = {"encoder_hidden_states": torch.randn(batch, 7, 24, generator=g),
+             "pooled_projections": torch.randn(batch, 20, generator=g)}
+    if isinstance(model, SD3Transformer2DModel):
+        return given | {"hidden_states": torch.randn(batch, 4, 14, 12, generator=g),
+                        "timestep": torch.tensor([501] * batch)}
+    ids = torch.stack([torch.zeros(20), torch.arange(20) // 5, torch.arange(20) % 5], dim=-1)
+    return given | {"hidden_states": torch.randn(batch, 20, 16, generator=g), "timestep": torch.full((batch,), 0.5),
+                    "guidance": torch.full((batch,), 3.5), "img_ids": ids, "txt_ids": torch.zeros(7, 3)}
+
+
+def dit(**changes) -> DiTTransformer2DModel:
+    return _seeded(DiTTransformer2DModel, **dict(num_attention_heads=2, attention_head_dim=16, num_layers=2,
+                                                 sample_size=8, num_embeds_ada_norm=10, out_channels=8) | changes)
+
+
+def pixart(**changes) -> PixArtTransformer2DModel:
+    return _seeded(PixArtTransformer2DModel, **dict(num_attention_heads=2, attention_head_dim=24, num_layers=2,
+                                                    sample_size=16, cross_attention_dim=48, caption_channels=24)
+                   | changes)
 
 
 def inputs(batch: int = 2, size: int = 16, dim: int = 24, tokens: int = 7, seed: int = 1):

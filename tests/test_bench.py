@@ -26,7 +26,7 @@ VAE = {"block_out_channels": (16, 32), "layers_per_block": 1, "latent_channels":
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
     """The modules of bench/, which are scripts beside each other, writing their records into tmp_path."""
     monkeypatch.syspath_prepend(str(BENCH))
-    names = ("ops", "race", "arms", "e2e", "work", "chart", "peers")
+    names = ("ops", "race", "arms", "joint_arms", "e2e", "work", "chart", "peers")
     found = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     monkeypatch.setattr(found.ops, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(found.race, "SAMPLE_S", 0.002)
@@ -55,6 +55,22 @@ def test_a_unet_step_is_compared_with_diffusers_on_the_same_weights(bench, tmp_p
         assert len(row["repeats_s"]) == 3 and sorted(row["repeats_s"])[1] == row["median_s"] > 0
         assert row["startup_s"] >= row["build_s"] >= 0 and row["calls_per_repeat"] >= 1
     assert rows["ldmfast exact"]["prepare_s"] > 0
+
+
+SD3 = {"sample_size": 16, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4,
+       "joint_attention_dim": 24, "caption_projection_dim": 64, "pooled_projection_dim": 20, "pos_embed_max_size": 8}
+FLUX = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4,
+        "joint_attention_dim": 24, "pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6), "guidance_embeds": True}
+
+
+def test_joint_transformers_are_compared_on_the_same_weights(bench, tmp_path):
+    run = bench.work.Run(threads=1, repeats=1, cache=tmp_path)
+    for net in (bench.joint_arms.sd3(SD3, 8, 5), bench.joint_arms.flux(FLUX, 4, 5)):
+        entrants = {"diffusers bf16": bench.arms.eager(net, torch.bfloat16)}
+        entrants |= {f"ldmfast {p}": bench.joint_arms.ours(net, p) for p in ("bf16", "int8")}
+        rows = run.race("small", entrants, net.reference, "")[1]["arms"]
+        assert all("unavailable" not in row and 0 < row["error"] < 0.05 for row in rows.values())
+        assert rows["ldmfast bf16"]["prepare_s"] > 0
 
 
 def test_both_networks_of_the_vae_decode_the_same(bench, tmp_path):

@@ -33,6 +33,46 @@ def unet_2d(native: Any, given: Arguments) -> Any:
     return UNet2DOutput(sample=out) if packaged else (out,)
 
 
+def sd3(native: Any, given: Arguments) -> Any:
+    return _joint(native, given)
+
+
+def flux(native: Any, given: Arguments) -> Any:
+    if not isinstance(given.get("timestep"), Tensor):
+        raise ShapeError("diffusers takes the timestep as a tensor only")
+    return _joint(native, given)
+
+
+def _joint(native: Any, given: Arguments) -> Any:
+    sample, timestep, packaged = given.pop("hidden_states"), given.pop("timestep", None), given.pop("return_dict", True)
+    if timestep is None:
+        raise ShapeError("it needs a timestep")
+    return _transformer_output(_like(native(sample, timestep, **given), sample), packaged)
+
+
+def dit(native: Any, given: Arguments) -> Any:
+    sample, timestep, packaged = given.pop("hidden_states"), given.pop("timestep", None), given.pop("return_dict", True)
+    labels = given.get("class_labels")
+    if timestep is None or labels is None or given.get("cross_attention_kwargs"):
+        raise ShapeError("it needs timestep and class_labels, and takes no cross_attention_kwargs")
+    if sample.shape[-1] != sample.shape[-2]:
+        raise ShapeError("diffusers takes square pictures only")
+    return _transformer_output(_like(native(sample, timestep, class_labels=labels), sample), packaged)
+
+
+def pixart(native: Any, given: Arguments) -> Any:
+    sample, timestep, packaged = given.pop("hidden_states"), given.pop("timestep", None), given.pop("return_dict", True)
+    if timestep is None or given.pop("cross_attention_kwargs", None):
+        raise ShapeError("it needs a timestep, and takes no cross_attention_kwargs")
+    return _transformer_output(_like(native(sample, timestep, **given), sample), packaged)
+
+
+def _transformer_output(out: Tensor, packaged: bool) -> Any:
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=out) if packaged else (out,)
+
+
 def autoencoder_half(part: str) -> Callable[[Any, Arguments], Tensor]:
     """The encoder or decoder inside an autoencoder. What is around it (quant_conv, codebook, slicing, tiling with
     its blending, posterior) stays diffusers', which costs next to nothing and keeps every switch."""
@@ -63,6 +103,10 @@ def _like(out: Tensor, sample: Tensor) -> Tensor:
 CALLS: dict[str, dict[str, Callable[[Any, Arguments], Any]]] = {
     "UNet2DConditionModel": {"": unet_2d_condition},
     "UNet2DModel": {"": unet_2d},
+    "SD3Transformer2DModel": {"": sd3},
+    "FluxTransformer2DModel": {"": flux},
+    "DiTTransformer2DModel": {"": dit},
+    "PixArtTransformer2DModel": {"": pixart},
     **{name: {part: autoencoder_half(part) for part in ("encoder", "decoder")}
        for name in ("AutoencoderKL", "AutoencoderTiny", "VQModel")},
 }

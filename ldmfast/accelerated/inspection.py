@@ -14,6 +14,7 @@ _INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
 _HARMLESS = frozenset({"gradient_checkpointing", "_gradient_checkpointing_func", "_old_forward", "_hf_hook"})
 # processors that compute softmax(q k^T / sqrt(d)) v and nothing else
 _PLAIN_ATTENTION = frozenset({"AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"})
+_PLAIN_JOINT = frozenset({"JointAttnProcessor2_0", "FluxAttnProcessor"})  # the same over two streams of tokens
 _HINTS = {**dict.fromkeys(("s1", "s2", "b1", "b2"), "FreeU"),
           "fused_projections": "fuse_qkv_projections, which diffusers never takes back whole"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,6 +60,8 @@ def _module_difference(path: str, module: nn.Module, wanted: tuple[type, dict[st
         return f"{path!r} has a forward of its own (a hook, of offloading or of a cache)"
     if isinstance(module, nn.Dropout) and module.training and module.p > 0:
         return "dropout is active in train() mode"
+    if kind.__name__ == "LabelEmbedding" and module.training and getattr(module, "dropout_prob", True):
+        return "class labels are dropped in train() mode"
     return _changed(f"{path}.", _attributes(module), wanted[1])
 
 
@@ -70,7 +73,8 @@ def _root_difference(root: nn.Module, wanted: tuple[type, dict[str, Any]]) -> st
 def _changed(path: str, now: dict[str, Any], then: dict[str, Any]) -> str | None:
     for key in [*then, *(k for k in now if k not in then)]:
         a, b = now.get(key), then.get(key)
-        if key == "processor" and _plain(a) and _plain(b):
+        if key == "processor" and ((_plain(a, _PLAIN_ATTENTION) and _plain(b, _PLAIN_ATTENTION))
+                                   or (type(a) is type(b) and _plain(a, _PLAIN_JOINT))):
             continue
         if not _same(a, b):
             hint = f" ({_HINTS[key]})" if key in _HINTS else ""
@@ -82,9 +86,9 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in vars(module).items() if k not in _INTERNAL and k not in _HARMLESS}
 
 
-def _plain(processor: Any) -> bool:
+def _plain(processor: Any, kinds: frozenset[str]) -> bool:
     settings = vars(processor) if hasattr(processor, "__dict__") else {}
-    return (type(processor).__name__ in _PLAIN_ATTENTION and type(processor).__module__.startswith("diffusers.")
+    return (type(processor).__name__ in kinds and type(processor).__module__.startswith("diffusers.")
             and settings.get("_attention_backend") is None)
 
 

@@ -132,7 +132,7 @@ def _with_weights(parts: Parts) -> list[str]:
 def _alone(parts: Parts) -> str | None:
     """The part that is the whole model: a folder of one model, or a file with only a UNet or an autoencoder."""
     networks = [n for n in parts.names if n not in ("scheduler", "tokenizer", "tokenizer_2")]
-    return networks[0] if networks in (["model"], ["unet"], ["vae"]) else None
+    return networks[0] if networks in (["model"], ["unet"], ["vae"], ["transformer"]) else None
 
 
 def _write_weights(parts: Parts, part: str, place: Path, entries: Entries, told: Told) -> None:

@@ -116,6 +116,8 @@ def _single(parts: SingleFile, tensors: list[_Tensor]) -> list[PartReport]:
 
 
 def _describe(parts: Parts) -> str:
+    if "transformer" in parts.names:
+        return f"{parts.class_name('transformer').removesuffix('Transformer2DModel')} in its original layout"
     if "unet" not in parts.names:
         return f"CompVis-layout file with {' and '.join(parts.names)}"
     unet = parts.config("unet")

@@ -8,13 +8,16 @@ drops it.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from . import dit, flux, sd3
 
 Rule = tuple[str, str | None, str]
 
@@ -118,34 +121,52 @@ OPEN_CLIP: tuple[Rule, ...] = (
     (r"(?:logit_scale|attn_mask)$", None, ""),
 )
 
-RULES = {"unet": UNET, "vae": VAE, "clip": CLIP, "open_clip": OPEN_CLIP}
+RULES = {"unet": UNET, "vae": VAE, "clip": CLIP, "open_clip": OPEN_CLIP, "dit": dit.DIT, "pixart": dit.PIXART,
+         "flux": flux.FLUX, "sd3": sd3.SD3}
 
-_CHANGES: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+_CHANGES: dict[str, Callable[[Tensor], Iterable[Tensor]]] = {
     "": lambda t: (t,),
     "linear": lambda t: (t.flatten(1),),  # a 1x1 convolution's weight
     "transpose": lambda t: (t.T.contiguous(),),  # stored as (inputs, outputs)
-    "split": lambda t: t.chunk(3),  # rows of q, k and v
+    "each": itertools.repeat,  # one for all blocks
+    "swap": lambda t: (torch.cat(t.chunk(2)[::-1]),),  # shift and scale -> scale and shift
 }
+# what {qkv} stands for
+SPLITS = {"split": ("q_proj", "k_proj", "v_proj"), "split_qkv": ("to_q", "to_k", "to_v"), "split_kv": ("to_k", "to_v"),
+          "split_added": ("add_q_proj", "add_k_proj", "add_v_proj"),
+          "split_single": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
+_SHARES = {"split_single": (1, 1, 1, 4)}  # of the rows, where they are not equal
+
+
+def split_rows(change: str, rows: int) -> list[int]:
+    """Rows of each piece. Raises CheckpointError if they do not come out even."""
+    shares = _SHARES.get(change, (1,) * len(SPLITS[change]))
+    if rows % sum(shares):
+        raise CheckpointError(f"{rows} rows do not make {' + '.join(map(str, shares))} equal parts")
+    return [rows // sum(shares) * share for share in shares]
 
 
 @dataclass(frozen=True)
 class Numbers:
     """What the replacements refer to: ResNet blocks per UNet level on the way down, levels of the
-    autoencoder, and what the UNet's label embedding is."""
+    autoencoder, what the UNet's label embedding is, and blocks of a transformer."""
 
     layers_per_block: int = 2
     vae_levels: int = 4
     label: str = "add_embedding"
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """Where the tensor of one old name goes: one new name, or three for a packed projection."""
+    """Where the tensor of one old name goes: one new name, or several of a packed projection or a shared tensor."""
 
     names: tuple[str, ...]
     change: str
 
     def apply(self, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+        if self.change in SPLITS:
+            return zip(self.names, tensor.split(split_rows(self.change, len(tensor))))
         return zip(self.names, _CHANGES[self.change](tensor))
 
 
@@ -153,7 +174,7 @@ _COMPILED = {kind: tuple((re.compile(p), r, c) for p, r, c in rules) for kind, r
 
 
 def rename(kind: str, name: str, numbers: Numbers) -> Renamed | None:
-    """New names for a tensor of a part ("unet", "vae", "clip", "open_clip"), None to leave it out.
+    """New names for a tensor of a part (a key of RULES), None to leave it out.
 
     name is without its prefix. Raises CheckpointError for a name that no rule knows.
     """
@@ -167,8 +188,10 @@ def rename(kind: str, name: str, numbers: Numbers) -> Renamed | None:
         number = int(match[1]) if match.groups() else 0
         at = number - 1 if name.startswith("input_blocks") else number
         new = [replacement.format(*match.groups(), block=at // n, layer=at % n, label=numbers.label,
-                                  up=numbers.vae_levels - 1 - number, qkv=qkv) + name[match.end():]
-               for qkv in (("q_proj", "k_proj", "v_proj") if change == "split" else ("",))]
+                                  up=numbers.vae_levels - 1 - number, qkv=part, each=part) + name[match.end():]
+               for part in (range(numbers.blocks) if change == "each" else SPLITS.get(change, ("",)))]
+        if change == "swap_last":
+            change = "swap" if number == numbers.blocks - 1 else ""
         return Renamed(tuple(new), change)
     raise CheckpointError(f"tensor {name!r} has no place in a {kind} of the CompVis layout; the model is of "
                           "a kind "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from . import infer, ldm, to_ldm
+from . import dit, flux, infer, ldm, sd3, to_ldm
 from .parts import Parts, rename_old
 from .weight_file import Stored, WeightFile
 
@@ -30,8 +30,9 @@ class _Part:
 
 
 class SingleFile(Parts):
-    """SD 1, SD 2, SDXL or its refiner in one file, or some of their parts: safetensors, GGUF, or a PyTorch file
-    (through torch's weights-only loader). A UNet or VAE alone may have diffusers' names, too."""
+    """SD 1, SD 2, SDXL or its refiner in one file, or some of their parts, or a DiT, SiT, PixArt, SD 3 or FLUX:
+    safetensors, GGUF, or a PyTorch file (through torch's weights-only loader). A UNet or VAE alone may have diffusers'
+    names, too."""
 
     def __init__(self, file: WeightFile, prediction_type: str | None = None):
         self.path, self._file = file.path, file
@@ -66,9 +67,9 @@ class SingleFile(Parts):
         found = {}
         for name, renamed in self._sources_of(part).items():
             stored = self._file.tensors[name]
-            for new in renamed.names:
-                found[new] = replace(stored, shape=self._new_shape(name, renamed),
-                                     nbytes=stored.nbytes // len(renamed.names))
+            for new, shape in zip(renamed.names, self._new_shapes(name, renamed)):
+                size = stored.nbytes * prod(shape) // max(1, prod(stored.shape))
+                found[new] = replace(stored, shape=shape, nbytes=size)
         return found
 
     def _sources_of(self, part: str) -> dict[str, ldm.Renamed]:
@@ -86,10 +87,13 @@ class SingleFile(Parts):
         found = {k: r for k, r in renamed.items() if r is not None}
         for name, r in found.items():
             shape = self._shapes[name]
-            fits = {"split": len(shape) > 0 and shape[0] % 3 == 0, "transpose": len(shape) == 2,
+            fits = {"transpose": len(shape) == 2,
                     "linear": len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))}
+            if r.change in (*ldm.SPLITS, "swap"):
+                fits[r.change] = len(shape) > 0 and shape[0] % {"swap": 2, "split_single": 7}.get(
+                    r.change, len(r.names)) == 0
             if not fits.get(r.change, True):
-                raise CheckpointError(f"tensor {name!r} of a {kind} has shape {list(shape)}, which the CompVis layout "
+                raise CheckpointError(f"tensor {name!r} of a {kind} has shape {list(shape)}, which the original layout "
                                       "does not have there; the file is damaged, or of a kind that is not supported")
         return found
 
@@ -116,10 +120,24 @@ class SingleFile(Parts):
             config = infer.vae_config(self._behind(vae), xl)
             numbers = ldm.Numbers(vae_levels=len(config["block_out_channels"]))
             parts["vae"] = _Part("vae", vae, config, self._sources("vae", vae, numbers))
+        transformer = next((p for p in dit.PREFIXES if p + dit.MARK in self._shapes), None)
+        if transformer is not None:
+            shapes = self._behind(transformer)
+            kind, config = dit.kind_of(shapes), dit.config(shapes)
+            numbers = ldm.Numbers(blocks=config["num_layers"])
+            parts["transformer"] = _Part(kind, transformer, config, self._sources(kind, transformer, numbers))
+        for kind, layout in (("flux", flux), ("sd3", sd3)):
+            before = next((p for p in layout.PREFIXES if p + layout.MARK in self._shapes), None)
+            if before is not None:
+                config = layout.config(self._behind(before))
+                numbers = ldm.Numbers(blocks=config["num_layers"])
+                parts["transformer"] = _Part(kind, before, config, self._sources(kind, before, numbers))
+                if kind == "sd3" and "vae" in parts:
+                    parts["vae"].config.update(sd3.VAE)
         if not parts:
             some = ", ".join(map(repr, list(self._shapes)[:2])) or "none"
-            raise CheckpointError(f"holds no part of SD 1, SD 2 or SDXL in the CompVis layout (its tensors: "
-                                  f"{some}, ...);"
+            raise CheckpointError("holds no part of SD 1, SD 2 or SDXL in the CompVis layout, and no DiT, PixArt, SD 3 "
+                                  f"or FLUX in its original one (its tensors: {some}, ...);"
                                   " a whole diffusers model is opened by its folder")
         return parts
 
@@ -152,20 +170,21 @@ class SingleFile(Parts):
             drop = (f"text_model.encoder.layers.{last}.", "text_projection.")
             sources = {k: r for k, r in sources.items() if not r.names[0].startswith(drop)}
             projected = False
-        shapes = {n: self._new_shape(k, r) for k, r in sources.items() for n in r.names}
+        shapes = {n: s for k, r in sources.items() for n, s in zip(r.names, self._new_shapes(k, r))}
         config = infer.clip_config(shapes, projected and kind == "open_clip",
                                    "quick_gelu" if kind == "clip" else "gelu")
         if kind == "clip":
             sources = {k: r for k, r in sources.items() if not r.names[0].startswith("text_projection.")}
         return _Part(kind, prefix, config, sources)
 
-    def _new_shape(self, name: str, renamed: ldm.Renamed) -> tuple[int, ...]:
+    def _new_shapes(self, name: str, renamed: ldm.Renamed) -> list[tuple[int, ...]]:
+        """For each new name."""
         shape = self._shapes[name]
+        if renamed.change in ldm.SPLITS:
+            return [(rows, *shape[1:]) for rows in ldm.split_rows(renamed.change, shape[0])]
         if renamed.change == "linear":
-            return (shape[0], prod(shape[1:]))
-        if renamed.change == "split":
-            return (shape[0] // 3, *shape[1:])
-        return shape[::-1] if renamed.change == "transpose" else shape
+            shape = (shape[0], prod(shape[1:]))
+        return [shape[::-1] if renamed.change == "transpose" else shape] * len(renamed.names)
 
     def _other_configs(self, prediction: str | None, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
         configs: dict[str, dict[str, Any]] = {}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LdmfastError
+from ..models.unet_state import UNetState
 from ..samplers.sample import Generators, StepCallback, noise_source
 from ..samplers.step_table import StepTable
 from .graphs import CaptureError, Graphs
@@ -166,6 +167,8 @@ class Engine:
 
 
 def _refusal(denoiser: Denoiser, table: StepTable) -> str:
+    if not all(isinstance(s, UNetState) for s in denoiser.states):
+        return "only UNets are recorded so far"
     if table.clip is not None:
         return f"{table.solver} clips the predicted picture, which is not linear"
     if denoiser.casts > 1:

@@ -188,6 +188,7 @@ class _Unit:
 
     module: str
     waiting: set[str]
+    joined: str = ""  # the name of what a Joined makes of them
 
     def waits_for(self, name: str) -> bool:
         """Whether tensors are still missing when ``name`` has come."""
@@ -197,8 +198,8 @@ class _Unit:
     def settle(self, model: nn.Module, int8: Plan | None, dtype: torch.dtype | None) -> None:
         name, module = self.module, model.get_submodule(self.module)
         if isinstance(module, Joined):
-            module.join()
-            name = f"{name}.{module.joined}"
+            module.join(self.joined)
+            name = f"{name}.{self.joined}"
             module = model.get_submodule(name)
         assert isinstance(module, (Linear, Conv2d))
         eight = rows_to_int8(module.weight) if int8 is not None and int8.needs_int8(name) else None
@@ -215,13 +216,13 @@ def _units(model: nn.Module) -> dict[str, _Unit]:
     units: dict[str, _Unit] = {}
     for path, module in model.named_modules():
         if isinstance(module, Joined):
-            parts = [f"{path}.{n}." for n in module.joins]
-            names = {f"{path}.{n}" for n, _ in module.named_parameters() if f"{path}.{n}".startswith(tuple(parts))}
+            for joined, joins in module.groups:
+                parts = tuple(f"{n}." for n in joins)
+                names = {f"{path}.{n}" for n, _ in module.named_parameters() if n.startswith(parts)}
+                units.update(dict.fromkeys(names, _Unit(path, names, joined)))
         elif isinstance(module, (Linear, Conv2d)) and f"{path}.weight" not in units:
             names = {f"{path}.{n}" for n, _ in module.named_parameters()}
-        else:
-            continue
-        units.update(dict.fromkeys(names, _Unit(path, names)))
+            units.update(dict.fromkeys(names, _Unit(path, names)))
     return units
 
 

@@ -32,10 +32,12 @@ def check_values(config: Any) -> None:
     depth = max(_total(getattr(config, f"{way}transformer_layers_per_block", 1)) for way in ("", "reverse_"))
     levels = len(getattr(config, "block_out_channels", ()))
     encoders = _total(getattr(config, "num_encoder_blocks", ())) + _total(getattr(config, "num_decoder_blocks", ()))
-    blocks = max(layers * depth * levels, encoders, _total(getattr(config, "num_hidden_layers", 1)))
+    flat = sum(_total(getattr(config, key, 0)) for key in ("num_hidden_layers", "num_layers", "num_single_layers"))
+    blocks = max(layers * depth * levels, encoders, flat)
     if blocks > MAX_LAYERS:
-        raise CheckpointError("config keys 'layers_per_block', 'transformer_layers_per_block', 'num_encoder_blocks' or "
-                              f"'num_hidden_layers' ask for {blocks} blocks, the limit is {MAX_LAYERS}")
+        raise CheckpointError("config keys 'layers_per_block', 'transformer_layers_per_block', 'num_encoder_blocks', "
+                              "'num_hidden_layers', 'num_layers' or 'num_single_layers' ask for "
+                              f"{blocks} blocks, the limit is {MAX_LAYERS}")
 
 
 def _total(value: Any) -> int:

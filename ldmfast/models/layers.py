@@ -204,10 +204,18 @@ class Joined(Direct):
     joins: tuple[str, ...]  # the layers that share an input, in the order in which ``join`` puts them side by side
     joined: str  # the name of what ``join`` makes
 
-    def join(self) -> None:
-        """Makes one layer of those that share an input, once; theirs are None afterwards."""
-        setattr(self, self.joined, Linear.join([getattr(self, n) for n in self.joins]))
-        for n in self.joins:
+    @property
+    def groups(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """What ``join`` makes, and of which layers; a module with several inputs has several."""
+        return ((self.joined, self.joins),)
+
+    def join(self, joined: str | None = None) -> None:
+        """Makes one layer (by default the one called ``joined``) of those that share an input, once; theirs are None
+        afterwards."""
+        joined = joined or self.joined
+        joins = dict(self.groups)[joined]
+        setattr(self, joined, Linear.join([getattr(self, n) for n in joins]))
+        for n in joins:
             setattr(self, n, None)
 
 

@@ -15,7 +15,7 @@ M = TypeVar("M", bound="FromSingleFile")
 
 
 class FromSingleFile:
-    """Mixin of the UNet and the autoencoder of Stable Diffusion."""
+    """Mixin of the UNet and the autoencoder of Stable Diffusion, and of DiT, PixArt, SD 3 and FLUX."""
 
     part: ClassVar[str]
 
@@ -25,9 +25,10 @@ class FromSingleFile:
         """The model of a file that holds it alone, or among others; its config is inferred from names and shapes.
 
         path: safetensors, GGUF or a PyTorch file, with the names of the CompVis layout (SD 1, SD 2, SDXL, ComfyUI) or,
-        where the model is alone, diffusers' own. dtype: of the weights, whatever the file's. An autoencoder alone does
-        not tell SD 1 from SDXL: ``config.scaling_factor`` is then 0.18215. The model is laid out for its kernels and
-        has no state_dict for other programs.
+        where the model is alone, diffusers' own; DiT, SiT, PixArt, SD 3 and FLUX with those of their first release.
+        dtype: of the weights, whatever the file's. An autoencoder alone does not tell SD 1 from SDXL:
+        ``config.scaling_factor`` is then 0.18215. The model is laid out for its kernels and has no state_dict for other
+        programs.
         Raises CheckpointError when the file is not readable, damaged, or holds no such model.
         """
         parts = checkpoints.open_single_file(Path(path))

@@ -38,10 +38,7 @@ class UNetState:
         if self.batch not in (None, pictures):
             raise ShapeError(f"sample has {pictures} pictures, the conditions were given for {self.batch}; "
                              "they must agree")
-        rows = [self._row(t) for t in as_list(timestep)]
-        if len(rows) not in (1, pictures):
-            raise ShapeError(f"timestep has {len(rows)} entries, needs 1 or one for each of {pictures} "
-                             "pictures")
+        rows = rows_of(self.rows, timestep, pictures)
         if len(set(rows)) <= 1:
             times = self.times[rows[0] if rows else 0].expand(pictures, -1)
         else:
@@ -55,11 +52,17 @@ class UNetState:
         times = self.times.index_select(0, row)[0].expand(pictures, -1)
         return Step(times.split(self.widths, dim=1), self.prompts, self.prompt_bias, None)
 
-    def _row(self, timestep: float) -> int:
-        if timestep not in self.rows:
-            raise LdmfastError(f"timestep {timestep} was not prepared; call prepare() with it "
-                               f"({len(self.rows)} timesteps were)")
-        return self.rows[timestep]
+
+def rows_of(known: dict[float, int], timestep: Tensor | float, pictures: int) -> list[int]:
+    """The prepared rows of one timestep for all pictures, or of one for each. Raises ShapeError for another number of
+    timesteps, LdmfastError for one that was not prepared."""
+    times = as_list(timestep)
+    for t in times:
+        if t not in known:
+            raise LdmfastError(f"timestep {t} was not prepared; call prepare() with it ({len(known)} timesteps were)")
+    if len(times) not in (1, pictures):
+        raise ShapeError(f"timestep has {len(times)} entries, needs 1 or one for each of {pictures} pictures")
+    return [known[t] for t in times]
 
 
 def as_list(timestep: Tensor | float | Sequence[float]) -> list[float]:

@@ -21,7 +21,8 @@ class Conditions:
     """Conditions of one guidance branch, one row a picture. Any of them may be absent.
 
     states: (N, tokens, width). pooled: (N, width) and time_ids: (N, 6), SDXL's added conditions.
-    class_labels: (N,). timestep_cond: (N, dim), the guidance embedding of LCM-like networks.
+    class_labels: (N,). timestep_cond: (N, dim), the guidance embedding of LCM-like networks. mask: (N, tokens) of
+    ``states``. resolution: (N, 2) and aspect_ratio: (N, 1), PixArt's added conditions.
     """
 
     states: torch.Tensor | None = None
@@ -29,12 +30,12 @@ class Conditions:
     time_ids: torch.Tensor | None = None
     class_labels: torch.Tensor | None = None
     timestep_cond: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    resolution: torch.Tensor | None = None
+    aspect_ratio: torch.Tensor | None = None
 
     def rows(self, rows: list[int]) -> Conditions:
-        return Conditions(*[None if v is None else v[rows] for v in self._values()])
-
-    def _values(self) -> tuple[torch.Tensor | None, ...]:
-        return self.states, self.pooled, self.time_ids, self.class_labels, self.timestep_cond
+        return Conditions(*[None if v is None else v[rows] for v in vars(self).values()])
 
 
 def _stack(branches: Sequence[Conditions]) -> dict[str, Any]:
@@ -47,6 +48,10 @@ def _stack(branches: Sequence[Conditions]) -> dict[str, Any]:
         kwargs["encoder_hidden_states"] = join("states")
     if branches[0].time_ids is not None:
         kwargs["added_cond_kwargs"] = {"text_embeds": join("pooled"), "time_ids": join("time_ids")}
+    if branches[0].resolution is not None:
+        kwargs["added_cond_kwargs"] = {"resolution": join("resolution"), "aspect_ratio": join("aspect_ratio")}
+    if branches[0].mask is not None:
+        kwargs["encoder_attention_mask"] = join("mask")
     if branches[0].class_labels is not None:
         kwargs["class_labels"] = join("class_labels")
     if branches[0].timestep_cond is not None:
@@ -76,6 +81,8 @@ class Denoiser:
     ) -> None:
         self.dtype = next(casts[0].unet.parameters()).dtype
         self.branches = len(branches)
+        config = casts[0].unet.config  # networks that learn the variance, too, give it behind their prediction
+        self.channels = config.in_channels if config.out_channels == 2 * config.in_channels else None
         self.guidance_scale = guidance_scale
         self.guidance_rescale = guidance_rescale
         self.extra = extra
@@ -102,7 +109,7 @@ class Denoiser:
         parts: list[tuple[torch.Tensor, ...]] = []
         for group, network in zip(self.groups, networks):
             rows = torch.cat([x[group]] * self.branches)
-            parts.append(network(rows).chunk(self.branches))
+            parts.append(network(rows)[:, :self.channels].chunk(self.branches))  # without a learned variance
         outs = tuple(p[0] if len(parts) == 1 else torch.cat(p) for p in zip(*parts))
         if self.back is not None:
             outs = tuple(out[self.back] for out in outs)

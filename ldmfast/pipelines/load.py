@@ -17,6 +17,7 @@ from ..loras import Stack
 from ..models import REGISTRY, TEXT_ENCODERS
 from ..quantization import Plan, store
 from ..samplers import Schedule
+from .t5_text import load_t5
 from .text import TextEncoder
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -29,7 +30,7 @@ class Components:
 
     unet: Any
     vae: Any
-    text_encoders: tuple[TextEncoder, ...]
+    text_encoders: tuple[Any, ...]  # TextEncoder, or one T5Encoder
     schedule: Schedule
     scheduler_config: dict[str, Any]
     index: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +84,11 @@ def resolve_precision(
     return precision, PRECISIONS[precision]
 
 
+# defaults of diffusers' pipelines that are not those of Stable Diffusion
+_NETWORK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "DiT": {"guidance_scale": 4.0}, "PixArt": {"guidance_scale": 4.5, "num_inference_steps": 20}}
+
+
 def _model(parts: Parts, part: str, dtype: torch.dtype, device: torch.device, int8: Plan | None = None) -> Any:
     config = parts.config(part)
     kinds = TEXT_ENCODERS if part.startswith("text_encoder") else REGISTRY
@@ -115,27 +121,31 @@ def _tokenizer(parts: Parts, part: str) -> Any:
 
 def int8_file(parts: Parts) -> Path:
     """Where the calibrated int8 network of a checkpoint is, if there is one."""
-    folder = parts.folder("unet")
+    folder = parts.folder(denoiser_part(parts))
     return folder / store.NAME if folder is not None else parts.path.with_name(f"{parts.path.stem}.{store.NAME}")
 
 
 def fingerprint_of(parts: Parts) -> str:
-    """The fingerprint of the UNet's weights, or of the single file."""
-    return fingerprint(parts.folder("unet") or parts.path)
+    """The fingerprint of the denoiser's weights, or of the single file."""
+    return fingerprint(parts.folder(denoiser_part(parts)) or parts.path)
 
 
-def _int8_unet(parts: Parts, device: torch.device) -> Any:
+def denoiser_part(parts: Parts) -> str:
+    return "transformer" if "transformer" in parts.names else "unet"
+
+
+def _int8_denoiser(parts: Parts, device: torch.device) -> Any:
     """From the calibrated file beside the weights, otherwise from the weights with the plan that needs no data."""
-    file = int8_file(parts)
+    part, file = denoiser_part(parts), int8_file(parts)
     if file.exists():
         plan, made_from, header = store.read_plan(file)
         if made_from == fingerprint_of(parts):
-            config = parts.config("unet")
-            cls = REGISTRY[config.get("_class_name") or parts.class_name("unet")][1]
+            config = parts.config(part)
+            cls = REGISTRY[config.get("_class_name") or parts.class_name(part)][1]
             return store.load(cls, config, header, plan).eval()
         warnings.warn(f"{file} was made from other weights than are there now; it is not used (write it again with "
                       "'ldmfast quantize')", stacklevel=2)
-    return _model(parts, "unet", torch.bfloat16, device, Plan())
+    return _model(parts, part, torch.bfloat16, device, Plan())
 
 
 def fingerprint(path: Path) -> str:
@@ -183,24 +193,29 @@ def _scheduler_config(parts: Parts) -> dict[str, Any]:
 
 def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device) -> Components:
     """Build every component that ``parts`` has. Raises CheckpointError with the file and part that is wrong."""
-    names = set(parts.names)
+    names, part = set(parts.names), denoiser_part(parts)
     vae_part = "vae" if "vae" in names else "vqvae"
-    for needed in ("unet", vae_part):
+    for needed in (part, vae_part):
         if needed not in names:
             raise CheckpointError(f"{parts.path}: has no part {needed!r}; it has {', '.join(sorted(names)) or 'none'}")
     scheduler_config = _scheduler_config(parts)
     schedule = Schedule.from_config(scheduler_config)
-    two = "text_encoder_2" in names
-    encoders = []
-    for suffix in ("", "_2"):
+    # of two CLIP encoders the states before the last layer are used
+    two = "text_encoder_2" in names and parts.class_name("text_encoder_2") != "T5EncoderModel"
+    encoders: list[Any] = []
+    for suffix in ("", "_2", "_3"):
         if f"text_encoder{suffix}" not in names:
             continue
         if f"tokenizer{suffix}" not in names:
             raise CheckpointError(f"{parts.path}: has part 'text_encoder{suffix}' but no 'tokenizer{suffix}'")
+        if part == "transformer" and parts.class_name(f"text_encoder{suffix}") == "T5EncoderModel":
+            encoders.append(load_t5(parts, suffix, dtype, device))
+            continue
         encoders.append(TextEncoder(_tokenizer(parts, f"tokenizer{suffix}"),
                                     _model(parts, f"text_encoder{suffix}", dtype, device), two))
-    unet = _int8_unet(parts, device) if precision == "int8" else _model(parts, "unet", dtype, device)
+    unet = _int8_denoiser(parts, device) if precision == "int8" else _model(parts, part, dtype, device)
     upcast = dtype == torch.float16 and parts.config(vae_part).get("force_upcast", False)
     vae = _model(parts, vae_part, torch.float32 if upcast else dtype, device)
-    return Components(unet, vae, tuple(encoders), schedule, scheduler_config, parts.index, _defaults(parts),
+    defaults = _NETWORK_DEFAULTS.get(type(unet).__name__, {}) | _defaults(parts)
+    return Components(unet, vae, tuple(encoders), schedule, scheduler_config, parts.index, defaults,
                       fingerprint(parts.path))

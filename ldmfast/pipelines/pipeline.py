@@ -7,11 +7,13 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from .. import checkpoints
+from ..errors import CheckpointError
+from ..models import REGISTRY, DiT, FluxTransformer2D, PixArt, SD3Transformer2D
 from .inputs import GeneratorLike
 from .load import ASSETS, Components, load, resolve_device, resolve_precision
 from .lora import LoraMethods
@@ -39,6 +41,8 @@ class Pipeline(LoraMethods):
 
     Build one with :meth:`from_pretrained`, :meth:`from_single_file` or :meth:`tiny`.
     """
+
+    takes_pictures: ClassVar[bool] = True  # as starting points
 
     def __init__(self, components: Components, *, precision: str, device: torch.device, source: str) -> None:
         self.loaded = components
@@ -69,7 +73,8 @@ class Pipeline(LoraMethods):
         where = resolve_device(device)
         name, kind = resolve_precision(precision, dtype, where)
         parts = checkpoints.open_folder(Path(path), variant=variant)
-        return cls(load(parts, name, kind, where), precision=name, device=where, source=str(path))
+        found = family(parts) or cls
+        return found(load(parts, name, kind, where), precision=name, device=where, source=str(path))
 
     @classmethod
     def from_single_file(
@@ -87,6 +92,10 @@ class Pipeline(LoraMethods):
         where = resolve_device(device)
         name, kind = resolve_precision(precision, dtype, where)
         parts = checkpoints.open_single_file(Path(path), prediction_type=prediction_type)
+        if "transformer" in parts.names:
+            network = REGISTRY[parts.class_name("transformer")][1].__name__
+            raise CheckpointError(f"{path}: holds a {network} without the text side of a pipeline; open the model's "
+                                  f"diffusers folder, or the network alone with models.{network}.from_single_file")
         return cls(load(parts, name, kind, where), precision=name, device=where, source=str(path))
 
     @classmethod
@@ -117,8 +126,10 @@ class Pipeline(LoraMethods):
     @property
     def components(self) -> dict[str, Any]:
         """The parts by name, as in diffusers."""
-        parts: dict[str, Any] = {"unet": self.unet, "vae": self.vae, "scheduler": self.schedule}
-        for suffix, encoder in zip(("", "_2"), self.loaded.text_encoders):
+        transformers = (DiT, PixArt, SD3Transformer2D, FluxTransformer2D)
+        name = "transformer" if isinstance(self.unet, transformers) else "unet"
+        parts: dict[str, Any] = {name: self.unet, "vae": self.vae, "scheduler": self.schedule}
+        for suffix, encoder in zip(("", "_2", "_3"), self.loaded.text_encoders):
             parts[f"text_encoder{suffix}"] = encoder.model
             parts[f"tokenizer{suffix}"] = encoder.tokenizer
         return parts
@@ -158,6 +169,8 @@ class Pipeline(LoraMethods):
         pooled_prompt_embeds: torch.Tensor | None = None,
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         *,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -167,6 +180,8 @@ class Pipeline(LoraMethods):
         guidance_rescale: float = 0.0,
         clip_skip: int | None = None,
         class_labels: Any = None,
+        max_sequence_length: int | None = None,
+        use_resolution_binning: bool = True,
         loras: Any = None,
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] = (0, 0),
@@ -182,11 +197,15 @@ class Pipeline(LoraMethods):
             to the encoded picture's (4-channel networks).
         height, width: pixels, multiples of 8 (default: the network's training size, or the given image's size).
         num_inference_steps, guidance_scale, solver: default to what the checkpoint recommends (``ldmfast.json``),
-            otherwise 50, 7.5 and "dpmpp_2m". ``timesteps`` or ``sigmas`` give the steps explicitly.
+            otherwise 50, 7.5 (DiT 4, PixArt 4.5 and 20 steps) and "dpmpp_2m". ``timesteps`` or ``sigmas``
+            give the steps explicitly.
         generator: an int (picture i uses seed + i), a torch.Generator (as diffusers: one stream for the batch), or
             a list with one int or Generator a picture. None draws a seed from torch's global generator.
         latents: (N, C, h, w) starting noise of unit variance instead of drawing it.
         strength: 0 to 1, how much of the picture is redrawn (default 0.8; 1.0 when inpainting).
+        class_labels: for class-conditional networks; DiT makes a picture for each. prompt_attention_mask: beside
+            PixArt's prompt_embeds, (prompts, tokens), 1 for the prompt's tokens. max_sequence_length: of a T5 prompt.
+            use_resolution_binning: PixArt runs at the training size that is nearest in aspect ratio.
         output_type: "pil", "np" (N, H, W, 3), "pt" (N, 3, H, W), both in [0, 1], or "latent" (the VAE's units
             times its scaling factor).
         loras: adapters of this call in place of the active ones: a name, or {name: weight} ({} for none), or a list of
@@ -213,3 +232,18 @@ class Pipeline(LoraMethods):
 
     def __repr__(self) -> str:
         return f"ldmfast.Pipeline({self.source!r}, precision={self.precision!r}, device={str(self.device)!r})"
+
+
+def family(parts: checkpoints.Parts) -> type[Pipeline] | None:
+    """The class of pipelines whose calls have other arguments, None for Pipeline's own. Raises CheckpointError for one
+    of such a family that is not supported."""
+    from .flux import FluxPipeline
+    from .sd3 import StableDiffusion3Pipeline
+
+    families: tuple[type[Pipeline], ...] = (FluxPipeline, StableDiffusion3Pipeline)
+    name = str(parts.index.get("_class_name"))
+    found = next((f for f in families if f.__name__ == name), None)
+    if found is None and name.startswith(("Flux", "StableDiffusion3")):
+        raise CheckpointError(f"{parts.path}: a {name} is not supported; of these families there are "
+                              f"{' and '.join(f.__name__ for f in families)}")
+    return found

@@ -16,7 +16,7 @@ _CALL = ("height", "width", "num_inference_steps", "timesteps", "sigmas", "guida
          "eta", "solver", "clip_skip")
 
 
-def _check(pipe: Pipeline, settings: dict[str, Any], image: Any, mask_image: Any) -> None:
+def check_settings(pipe: Pipeline, settings: dict[str, Any], image: Any, mask_image: Any) -> None:
     missing = [k for k in (*_CALL, "precision", "mode", "seed", "prompt") if k not in settings]
     if missing:
         raise LdmfastError(f"the settings lack {missing[0]!r}: they were not written by this version of ldmfast")
@@ -42,7 +42,7 @@ def _check(pipe: Pipeline, settings: dict[str, Any], image: Any, mask_image: Any
 def repeat(pipe: Pipeline, settings: dict[str, Any], *, image: Any, mask_image: Any, progress: bool) -> PipelineOutput:
     """See Pipeline.repeat. A picture that was made in a batch in a precision other than "exact" is made again in
     the same batch, because there its bits may depend on its neighbours."""
-    _check(pipe, settings, image, mask_image)
+    check_settings(pipe, settings, image, mask_image)
     rows = settings.get("batch") or [settings]
     arguments: dict[str, Any] = {k: settings[k] for k in _CALL}
     if arguments["timesteps"] is not None or arguments["sigmas"] is not None:
@@ -61,6 +61,9 @@ def repeat(pipe: Pipeline, settings: dict[str, Any], *, image: Any, mask_image: 
         if settings.get(name) is not None:
             arguments[name] = tuple(settings[name])
     arguments["loras"] = [weights_of(row) for row in rows]
+    for name in ("use_resolution_binning", "max_sequence_length"):
+        if settings.get(name) is not None:
+            arguments[name] = settings[name]
     out = pipe(**arguments, generator=[row["seed"] for row in rows], progress=progress)
     assert isinstance(out, PipelineOutput)
     index = settings.get("index", 0) if settings.get("batch") else 0

@@ -11,9 +11,12 @@ import torch
 
 from ..errors import LdmfastError, ShapeError
 from ..loras import Choice
+from ..models import DiT, PixArt
 from ..samplers import StepTable, make_table
+from .aspect_ratio import trained_size
 from .inputs import RandomSource, check_size, image_size, random_source
 from .lora import choices
+from .t5_text import check_limit
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -35,8 +38,13 @@ class Request:
     negative_pooled_prompt_embeds: torch.Tensor | None
     pictures: int
     per_prompt: int
+    prompt_attention_mask: torch.Tensor | None
+    negative_prompt_attention_mask: torch.Tensor | None
+    max_sequence_length: int
     height: int
     width: int
+    asked_size: tuple[int, int]
+    binned: bool
     steps: int
     timesteps: list[float] | None
     sigmas: list[float] | None
@@ -59,10 +67,7 @@ class Request:
     target_size: tuple[int, int]
     callback: Callable[..., Any] | None
     progress: bool
-
-    @property
-    def guided(self) -> bool:
-        return self.negative_prompts is not None or self.negative_prompt_embeds is not None
+    guided: bool
 
     @classmethod
     def resolve(cls, pipe: Pipeline, **a: Any) -> Request:
@@ -72,18 +77,22 @@ class Request:
             raise LdmfastError(f"output_type={a['output_type']!r} is unknown: use one of {', '.join(OUTPUT_TYPES)}")
         if list(a["callback_on_step_end_tensor_inputs"]) != ["latents"]:
             raise LdmfastError("callback_on_step_end_tensor_inputs: only ['latents'] is offered")
-        per_prompt = _whole("num_images_per_prompt", a["num_images_per_prompt"], 1)
+        per_prompt = whole("num_images_per_prompt", a["num_images_per_prompt"], 1)
         default_scale = defaults.get("guidance_scale", 5.0 if len(pipe.loaded.text_encoders) == 2 else 7.5)
-        scale = _number("guidance_scale", default_scale if a["guidance_scale"] is None else a["guidance_scale"])
+        scale = number("guidance_scale", default_scale if a["guidance_scale"] is None else a["guidance_scale"])
         prompts, negatives, count = _prompts(pipe, a, scale)
         pictures = count * per_prompt
-        height, width = _size(pipe, a, mode)
+        asked = height, width = _size(pipe, a, mode)
+        if a["use_resolution_binning"] and isinstance(pipe.unet, PixArt):
+            height, width = trained_size(pipe.unet.config, height, width)
+        check_size(height, width, _multiple(pipe))
         _check_latents(pipe, a["latents"], pictures, height, width)
         strength = _strength(a["strength"], mode)
         table = _table(pipe, a, strength)
         embedded = _config(pipe, "time_cond_proj_dim") is not None
-        guided = scale > 1 and not embedded and (prompts is not None or a["prompt_embeds"] is not None)
-        rescale = _number("guidance_rescale", a["guidance_rescale"])
+        conditional = prompts is not None or a["prompt_embeds"] is not None or isinstance(pipe.unet, DiT)
+        guided = scale > 1 and not embedded and conditional
+        rescale = number("guidance_rescale", a["guidance_rescale"])
         if guided and rescale == 0:
             table = table.with_guidance(scale)
         size = (height, width)
@@ -93,10 +102,14 @@ class Request:
             negative_prompt_embeds=a["negative_prompt_embeds"] if guided else None,
             pooled_prompt_embeds=a["pooled_prompt_embeds"],
             negative_pooled_prompt_embeds=a["negative_pooled_prompt_embeds"],
-            pictures=pictures, per_prompt=per_prompt, height=height, width=width, steps=_steps(pipe, a),
+            prompt_attention_mask=a["prompt_attention_mask"],
+            negative_prompt_attention_mask=a["negative_prompt_attention_mask"] if guided else None,
+            max_sequence_length=check_limit(_longest(pipe), a["max_sequence_length"]),
+            pictures=pictures, per_prompt=per_prompt, height=height, width=width, asked_size=asked,
+            binned=bool(a["use_resolution_binning"]), steps=_steps(pipe, a), guided=guided,
             timesteps=None if a["timesteps"] is None else [float(t) for t in a["timesteps"]],
             sigmas=None if a["sigmas"] is None else [float(s) for s in a["sigmas"]],
-            guidance_scale=scale, guidance_rescale=rescale, eta=_number("eta", a["eta"]),
+            guidance_scale=scale, guidance_rescale=rescale, eta=number("eta", a["eta"]),
             random=random_source(a["generator"], pictures), latents=a["latents"], image=a["image"],
             mask_image=a["mask_image"], strength=strength, solver=_solver(pipe, a), table=table,
             output_type=a["output_type"], clip_skip=a["clip_skip"],
@@ -110,20 +123,20 @@ def _config(pipe: Pipeline, key: str) -> Any:
     return getattr(pipe.unet.config, key, None)
 
 
-def _whole(name: str, value: Any, least: int) -> int:
+def whole(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
         raise LdmfastError(f"{name}={value!r} is not a whole number of at least {least}")
     return int(value)
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
     try:
-        number = float(value)
+        found = float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number) or (number < 0 and name != "guidance_scale"):
+        found = math.nan
+    if not math.isfinite(found) or (found < 0 and name != "guidance_scale"):
         raise LdmfastError(f"{name}={value!r} is not a finite number" + (" >= 0" if name != "guidance_scale" else ""))
-    return number
+    return found
 
 
 def _mode(pipe: Pipeline, image: Any, mask: Any) -> str:
@@ -139,7 +152,7 @@ def _mode(pipe: Pipeline, image: Any, mask: Any) -> str:
     return mode
 
 
-def _texts(name: str, value: Any) -> list[str]:
+def texts_of(name: str, value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
         raise LdmfastError(f"{name} is a {type(value).__name__}: give a text or a list of texts")
@@ -156,6 +169,8 @@ def _prompts(pipe: Pipeline, a: dict[str, Any], scale: float) -> tuple[list[str]
                            "if the network is not conditioned on text")
     if prompt is not None and embeds is not None:
         raise LdmfastError("prompt and prompt_embeds were both given: give one of them")
+    if prompt is None and embeds is None and isinstance(pipe.unet, DiT):
+        return None, None, _pictures_of_labels(a)
     if prompt is None and embeds is None:
         if _config(pipe, "cross_attention_dim") is not None and pipe.loaded.text_encoders:
             raise LdmfastError("no prompt was given: give prompt (an empty text is allowed) or prompt_embeds")
@@ -167,6 +182,7 @@ def _prompts(pipe: Pipeline, a: dict[str, Any], scale: float) -> tuple[list[str]
         if value is not None and not bool(torch.isfinite(value).all()):
             raise LdmfastError(f"{name} holds NaN or infinite values: check how it was made")
     if embeds is not None:
+        _check_masks(pipe, a, scale)
         negative = a["negative_prompt_embeds"]
         if scale > 1 and negative is None and _config(pipe, "time_cond_proj_dim") is None:
             raise LdmfastError("guidance needs negative_prompt_embeds beside prompt_embeds: give them, "
@@ -175,9 +191,9 @@ def _prompts(pipe: Pipeline, a: dict[str, Any], scale: float) -> tuple[list[str]
             raise ShapeError(f"negative_prompt_embeds {tuple(negative.shape)} and prompt_embeds "
                              f"{tuple(embeds.shape)} must have one shape")
         return None, None, embeds.shape[0]
-    prompts = _texts("prompt", prompt)
+    prompts = texts_of("prompt", prompt)
     negative = a["negative_prompt"]
-    negatives = [""] if negative is None else _texts("negative_prompt", negative)
+    negatives = [""] if negative is None else texts_of("negative_prompt", negative)
     if len(negatives) == 1:
         negatives = negatives * len(prompts)
     if len(negatives) != len(prompts):
@@ -186,9 +202,31 @@ def _prompts(pipe: Pipeline, a: dict[str, Any], scale: float) -> tuple[list[str]
     return prompts, negatives, len(prompts)
 
 
+def _pictures_of_labels(a: dict[str, Any]) -> int:
+    """A picture for each class label, unless num_images_per_prompt says that there are more."""
+    labels = a["class_labels"]
+    several = a["num_images_per_prompt"] == 1 and labels is not None
+    return max(1, torch.as_tensor(labels).numel()) if several else 1
+
+
+def _check_masks(pipe: Pipeline, a: dict[str, Any], scale: float) -> None:
+    """Of PixArt's prompt embeddings, which come with masks."""
+    if not isinstance(pipe.unet, PixArt):
+        return
+    for name in ("prompt", "negative_prompt") if scale > 1 else ("prompt",):
+        embeds, mask = a[f"{name}_embeds"], a[f"{name}_attention_mask"]
+        if not isinstance(mask, torch.Tensor) or (embeds is not None and mask.shape != embeds.shape[:2]):
+            raise ShapeError(f"{name}_embeds need {name}_attention_mask beside them, (prompts, tokens), 1 for "
+                             "tokens of the prompt")
+
+
+def _longest(pipe: Pipeline) -> int:
+    """Tokens of a prompt by default: PixArt sigma's 300, alpha's 120."""
+    return 300 if pipe.loaded.index.get("_class_name") == "PixArtSigmaPipeline" else 120
+
+
 def _size(pipe: Pipeline, a: dict[str, Any], mode: str) -> tuple[int, int]:
-    factor = pipe.vae_scale_factor
-    multiple = max(8, factor)
+    factor, multiple = pipe.vae_scale_factor, _multiple(pipe)
     sample = pipe.unet.config.sample_size
     if mode != "text2img":
         default_h, default_w = image_size(a["image"], multiple)
@@ -199,8 +237,13 @@ def _size(pipe: Pipeline, a: dict[str, Any], mode: str) -> tuple[int, int]:
         default_h, default_w = (int(s) * factor for s in pair)
     height = default_h if a["height"] is None else a["height"]
     width = default_w if a["width"] is None else a["width"]
-    check_size(height, width, multiple)
+    check_size(height, width, 1)
     return int(height), int(width)
+
+
+def _multiple(pipe: Pipeline) -> int:
+    """Pixels that height and width are multiples of."""
+    return max(8, pipe.vae_scale_factor * (_config(pipe, "patch_size") or 1))
 
 
 def _check_latents(pipe: Pipeline, latents: Any, pictures: int, height: int, width: int) -> None:
@@ -220,7 +263,7 @@ def _strength(value: Any, mode: str) -> float:
         if value is not None:
             raise LdmfastError("strength was given without image: it says how much of a picture is redrawn")
         return 1.0
-    strength = _number("strength", (0.8 if mode == "img2img" else 1.0) if value is None else value)
+    strength = number("strength", (0.8 if mode == "img2img" else 1.0) if value is None else value)
     if not 0 <= strength <= 1:
         raise LdmfastError(f"strength={value} is not between 0 and 1")
     return strength
@@ -236,20 +279,20 @@ def _steps(pipe: Pipeline, a: dict[str, Any]) -> int:
     value = a["num_inference_steps"]
     if value is None:
         value = pipe.loaded.defaults.get("num_inference_steps", 50)
-    return _whole("num_inference_steps", value, 1)
+    return whole("num_inference_steps", value, 1)
 
 
 def _table(pipe: Pipeline, a: dict[str, Any], strength: float) -> StepTable:
     explicit = a["timesteps"] is not None or a["sigmas"] is not None
     steps = None if explicit else _steps(pipe, a)
-    eta = _number("eta", a["eta"])
+    eta = number("eta", a["eta"])
     options: dict[str, Any] = {"eta": eta} if eta else {}
     return make_table(pipe.schedule, _solver(pipe, a), steps, timesteps=a["timesteps"], sigmas=a["sigmas"],
                       strength=strength, **options)
 
 
 def _class_labels(pipe: Pipeline, labels: Any, pictures: int) -> torch.Tensor | None:
-    count = _config(pipe, "num_class_embeds")
+    count = _config(pipe, "num_class_embeds") or _config(pipe, "num_embeds_ada_norm")
     if labels is None:
         if count is not None:
             raise LdmfastError(f"the network is class-conditional: give class_labels from 0 to {count - 1}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,16 @@ from PIL import Image
 
 from .. import __version__
 from ..errors import LdmfastError, ShapeError
+from ..models import DiT, PixArt
 from ..ops._load import reused_memory
 from ..samplers import StopSampling, sample
+from .aspect_ratio import fit
 from .denoiser import Conditions, Denoiser, NanFinder, guidance_embedding, not_finite
 from .inputs import prepare_image, prepare_mask, repeat_to
 from .lora import Cast, cast, fused_settings, settings_of
 from .output import PipelineOutput, to_output
 from .request import Request
+from .t5_text import T5Encoder
 from .text import PromptEmbeds, encode_prompts
 
 if TYPE_CHECKING:
@@ -49,16 +53,23 @@ class Call:
         return getattr(self._pipe, name)
 
 
-def run(pipe: Pipeline, request: Request) -> PipelineOutput:
-    """Encode, sample, decode. A call too large for the memory raises ShapeError."""
+@contextmanager
+def fits_memory(request: Request) -> Iterator[None]:
+    """Raises ShapeError for a call that is too large for the memory."""
     try:
         with reused_memory():
-            return _run(pipe, request)
+            yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise ShapeError(f"{request.pictures} pictures of {request.width}x{request.height} do not fit into memory: "
                          "ask for fewer or smaller ones, or call enable_vae_tiling()") from error
+
+
+def run(pipe: Pipeline, request: Request) -> PipelineOutput:
+    """Encode, sample, decode. A call too large for the memory raises ShapeError."""
+    with fits_memory(request):
+        return _run(pipe, request)
 
 
 def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
@@ -72,14 +83,14 @@ def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
                         guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale)
 
     sampling_states = request.random.states()
-    latents, cancelled = _sample(pipe, request, denoiser(), x, blend)
+    latents, cancelled = sample_latents(pipe, request, denoiser(), x, blend)
     if not bool(torch.isfinite(latents).all()):
         request.random.restore(sampling_states)
-        _explain(pipe, request, casts, denoiser(), x, blend)
+        explain_not_finite(pipe, request, denoiser(), x, blend)
     if request.output_type == "latent":
         images: Any = latents
     else:
-        images = to_output(decode(pipe, latents), request.output_type)
+        images = to_output(fit(decode(pipe, latents), *request.asked_size), request.output_type)
     return PipelineOutput(images, _settings(pipe, request), cancelled)
 
 
@@ -88,9 +99,11 @@ def _embeds(pipe: Pipeline, request: Request, casts: Sequence[Cast]
     """Embeddings of the prompts and of the negative prompts, one row a picture."""
     if request.prompt_embeds is not None:
         negative = request.negative_prompt_embeds
-        return (PromptEmbeds(request.prompt_embeds, request.pooled_prompt_embeds).repeat(request.per_prompt),
+        return (PromptEmbeds(request.prompt_embeds, request.pooled_prompt_embeds,
+                             request.prompt_attention_mask).repeat(request.per_prompt),
                 None if negative is None else
-                PromptEmbeds(negative, request.negative_pooled_prompt_embeds).repeat(request.per_prompt))
+                PromptEmbeds(negative, request.negative_pooled_prompt_embeds,
+                             request.negative_prompt_attention_mask).repeat(request.per_prompt))
     if request.prompts is None:
         return None
     encoded = [_encoded(pipe, request, c) for c in casts]
@@ -112,7 +125,10 @@ def _encoded(pipe: Pipeline, request: Request, one: Cast) -> tuple[PromptEmbeds,
     force_zeros = (request.negative_prompts is not None and not any(request.negative_prompts) and len(encoders) == 2
                    and pipe.loaded.index.get("force_zeros_for_empty_prompt", True))
     texts = prompts + ([] if negatives is None or force_zeros else negatives)
-    embeds = encode_prompts(encoders, texts, clip_skip=request.clip_skip, one_by_one=pipe.precision == "exact")
+    if isinstance(encoders[0], T5Encoder):
+        embeds = encoders[0].encode(texts, request.max_sequence_length)
+    else:
+        embeds = encode_prompts(encoders, texts, clip_skip=request.clip_skip, one_by_one=pipe.precision == "exact")
     if force_zeros:
         return embeds, embeds.zeros_like()
     return embeds[:count], None if negatives is None else embeds[count:]
@@ -126,12 +142,20 @@ def _branches(pipe: Pipeline, request: Request, casts: Sequence[Cast]) -> list[C
     labels = None if request.class_labels is None else request.class_labels.to(device)
     dim = getattr(config, "time_cond_proj_dim", None)
     guidance = None if dim is None else guidance_embedding(request.guidance_scale, n, dim).to(device, dtype)
+    if embeds is None and isinstance(pipe.unet, DiT) and labels is not None:
+        none = torch.full_like(labels, config.num_embeds_ada_norm)
+        return [Conditions(class_labels=rows) for rows in ((none, labels) if request.guided else (labels,))]
     if embeds is None:
         return [Conditions(class_labels=labels, timestep_cond=guidance)]
     time_ids = None
     if getattr(config, "addition_embed_type", None) == "text_time":
         ids = (*request.original_size, *request.crops_coords_top_left, *request.target_size)
         time_ids = torch.tensor([ids], dtype=dtype, device=device).expand(n, -1)
+    resolution = ratio = None
+    if isinstance(pipe.unet, PixArt) and config.micro:
+        sizes = torch.tensor([request.height, request.width], dtype=dtype, device=device)
+        resolution = sizes.expand(n, -1)
+        ratio = torch.tensor([request.height / request.width], dtype=dtype, device=device).expand(n, -1)
     branches = []
     for rows in (embeds[1], embeds[0]):
         if rows is None:
@@ -140,7 +164,8 @@ def _branches(pipe: Pipeline, request: Request, casts: Sequence[Cast]) -> list[C
         if time_ids is not None and pooled is None:
             raise LdmfastError("this network also needs pooled_prompt_embeds and negative_pooled_prompt_embeds")
         branches.append(Conditions(rows.states.to(device, dtype), pooled if time_ids is not None else None,
-                                   time_ids, labels, guidance))
+                                   time_ids, labels, guidance, None if rows.mask is None else rows.mask.to(device),
+                                   resolution, ratio))
     return branches
 
 
@@ -192,7 +217,7 @@ def _blend(request: Request, mask: torch.Tensor, source: torch.Tensor | None, no
     return blend
 
 
-def _sample(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor, blend: Blend | None
+def sample_latents(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor, blend: Blend | None
             ) -> tuple[torch.Tensor, bool]:
     from tqdm import tqdm
 
@@ -238,8 +263,8 @@ def _user_callback(request: Request, call: Call, step: int, t: float, latents: t
     return replaced.to(latents)
 
 
-def _explain(pipe: Pipeline, request: Request, casts: Sequence[Cast], denoiser: Denoiser, x: torch.Tensor,
-             blend: Blend | None) -> None:
+def explain_not_finite(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor,
+                       blend: Blend | None) -> None:
     """Run the call again from the same random state, looking at every step, and raise what was found."""
     steps = request.table.num_steps
     done = 0
@@ -255,7 +280,7 @@ def _explain(pipe: Pipeline, request: Request, casts: Sequence[Cast], denoiser: 
             raise not_finite(f"at step {step + 1} of {steps} (timestep {t:g})", finder.found, pipe.precision)
         return latents
 
-    with NanFinder(*(c.unet for c in casts)) as finder:
+    with NanFinder(*denoiser.unets) as finder:
         sample(denoiser, x, table=request.table, generator=request.random.argument, callback=on_step)
     raise not_finite(f"after step {done} of {steps}", finder.found, pipe.precision)
 
@@ -317,7 +342,8 @@ def _settings(pipe: Pipeline, request: Request) -> list[dict[str, Any]]:
     common: dict[str, Any] = {
         "ldmfast": __version__, "torch": torch.__version__, "model": pipe.source,
         "fingerprint": pipe.loaded.fingerprint, "precision": pipe.precision, "device": pipe.device.type,
-        "mode": request.mode, "height": request.height, "width": request.width,
+        "mode": request.mode, "height": request.asked_size[0], "width": request.asked_size[1],
+        "use_resolution_binning": request.binned, "max_sequence_length": request.max_sequence_length,
         "num_inference_steps": request.steps, "timesteps": request.timesteps, "sigmas": request.sigmas,
         "guidance_scale": request.guidance_scale, "guidance_rescale": request.guidance_rescale, "eta": request.eta,
         "solver": request.solver, "clip_skip": request.clip_skip, "strength": request.strength,

@@ -35,13 +35,15 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """states: (N, tokens, width) for cross-attention; pooled: (N, width) or None (only SDXL uses it)."""
+    """states: (N, tokens, width) for cross-attention; pooled: (N, width) or None (only SDXL uses it); mask: (N,
+    tokens), 1 keep and 0 hide, or None (only T5 has one)."""
 
     states: torch.Tensor
     pooled: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
     def __getitem__(self, rows: slice | torch.Tensor) -> PromptEmbeds:
-        return PromptEmbeds(self.states[rows], None if self.pooled is None else self.pooled[rows])
+        return PromptEmbeds(*[None if v is None else v[rows] for v in (self.states, self.pooled, self.mask)])  # type: ignore[arg-type]
 
     @classmethod
     def cat(cls, parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
@@ -50,8 +52,8 @@ class PromptEmbeds:
 
     def repeat(self, times: int) -> PromptEmbeds:
         """Each prompt ``times`` times in a row."""
-        pooled = None if self.pooled is None else self.pooled.repeat_interleave(times, 0)
-        return PromptEmbeds(self.states.repeat_interleave(times, 0), pooled)
+        pooled, mask = (None if v is None else v.repeat_interleave(times, 0) for v in (self.pooled, self.mask))
+        return PromptEmbeds(self.states.repeat_interleave(times, 0), pooled, mask)
 
     def zeros_like(self) -> PromptEmbeds:
         pooled = None if self.pooled is None else torch.zeros_like(self.pooled)

@@ -84,7 +84,7 @@ def _block(name: str) -> str:
 
 def quantize(path: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, steps: int = 12, least: float = LEAST,
              variant: str | None = None, progress: bool = True) -> Report:
-    """Calibrates the UNet of a diffusers folder or single file for ``precision="int8"``.
+    """Calibrates the denoiser of a diffusers folder or single file for ``precision="int8"``.
 
     Draws ``prompts`` in bf16 with ``steps`` solver steps, measures the signal to quantisation noise of each linear and
     convolution on their activations, in three ranges of timesteps, and writes the plan (layers below ``least`` dB stay
@@ -94,7 +94,7 @@ def quantize(path: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, 
     from tqdm.auto import tqdm
 
     from ..pipelines import Pipeline
-    from ..pipelines.load import fingerprint_of, int8_file
+    from ..pipelines.load import denoiser_part, fingerprint_of, int8_file
 
     if not prompts:
         raise LdmfastError("quantize needs at least one prompt to draw: leave prompts out to use its own")
@@ -110,11 +110,12 @@ def quantize(path: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, 
     plan = choose(meter.sqnr(ends), ends, least)
     weights = {name: layer.dense().numel() for name, layer in pipe.unet.named_modules()
                if isinstance(layer, (Linear, Conv2d))}
-    config: dict[str, Any] = parts.config("unet")
-    name = config.get("_class_name") or parts.class_name("unet")
+    part = denoiser_part(parts)
+    config: dict[str, Any] = parts.config(part)
+    name = config.get("_class_name") or parts.class_name(part)
     if name not in REGISTRY:
-        raise CheckpointError(f"{parts.path}: part 'unet' is a {name}, which is not supported")
+        raise CheckpointError(f"{parts.path}: part {part!r} is a {name}, which is not supported")
     file = int8_file(parts)
     del pipe, meter
-    store.save(file, REGISTRY[name][1].from_weights(config, parts.weights("unet")), plan, fingerprint_of(parts))
+    store.save(file, REGISTRY[name][1].from_weights(config, parts.weights(part)), plan, fingerprint_of(parts))
     return Report(file, plan, tuple(ends), weights)

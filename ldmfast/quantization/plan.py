@@ -13,8 +13,11 @@ from ..errors import CheckpointError
 
 # First and last convolutions see and make the sample or the latent itself, shortcuts carry it past the blocks;
 # embeddings and prompt projections run once a call, so that 8 bits would gain nothing.
+# Of transformers the same: first and last linear, and the modulations.
 _KEPT = re.compile(r"(^|\.)(conv_in|conv_out|time_emb_proj|to_kv|conv_shortcut|quant_conv|post_quant_conv)$"
-                   r"|^(time_|class_|add_|encoder_hid_)")
+                   r"|^(time_|class_|add_|encoder_hid_|(x_|context_)embedder$)|(^|\.)norm[a-z0-9_]*\.linear$"
+                   r"|(^|\.)(timestep|resolution|aspect_ratio)_embedder\.linear_[12]$"
+                   r"|^(pos_embed\.proj|adaln_single\.linear|caption_projection\.linear_[12]|proj_out(_[12])?)$")
 
 
 def can_be_int8(name: str) -> bool:

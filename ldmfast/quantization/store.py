@@ -20,7 +20,7 @@ from ..checkpoints import safetensors
 from ..errors import CheckpointError
 from ..models.base import Model, keep_freed_memory
 from ..models.gemm import Conv2d, Linear, rows_to_int8
-from ..models.layers import Attention
+from ..models.layers import Joined
 from .plan import Plan
 
 M = TypeVar("M", bound=Model)
@@ -44,11 +44,11 @@ def save(path: Path, model: Model, plan: Plan, fingerprint: str) -> None:
 def _tensors(model: Model, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     joined: set[str] = set()
     for name, module in model.named_modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Joined):
             layers: dict[str, nn.Module] = {}
-            parts = [getattr(module, n) for n in module.joins]
-            joined |= {f"{name}.{n}" for n in module.joins}
-            layers[f"{name}.{module.joined}"] = Linear.join(parts)
+            for whole, parts in module.groups:
+                joined |= {f"{name}.{n}" for n in parts}
+                layers[f"{name}.{whole}"] = Linear.join([getattr(module, n) for n in parts])
         elif name in joined:
             continue
         else:
@@ -58,6 +58,9 @@ def _tensors(model: Model, plan: Plan) -> Iterator[tuple[str, Tensor]]:
             for leaf, p in layer.named_parameters(recurse=False):
                 if leaf != "weight" or not int8 or plan.needs_float(path):
                     yield f"{path}.{leaf}", p.detach().to(torch.bfloat16).contiguous()
+            for leaf, table in layer.named_buffers(recurse=False):  # SD 3's positions
+                if leaf not in layer._non_persistent_buffers_set:
+                    yield f"{path}.{leaf}", table.to(torch.bfloat16).contiguous()
             if int8:
                 values, scale = rows_to_int8(cast(Tensor, layer.weight))
                 yield f"{path}.int8.values", values.contiguous()
@@ -84,17 +87,18 @@ def load(cls: type[M], config: Mapping[str, Any], header: safetensors.Header, pl
     with torch.device("meta"):
         model = cls.from_config(config)
         for module in list(model.modules()):
-            if isinstance(module, Attention):
-                module.join()
+            if isinstance(module, Joined):
+                for whole, _ in module.groups:
+                    module.join(whole)
     where = str(header.path)
-    wanted = {name: p.shape for name, p in model.named_parameters()}
+    wanted = {name: t.shape for name, t in model.state_dict().items()}
     layers = dict(model.named_modules())
     names = sorted(header.tensors, key=_layer_of)  # all tensors of a layer, then the next layer
     stream = safetensors.load(header, names=names, mapped=False)
     for name, group in itertools.groupby(stream, lambda item: _layer_of(item[0])):
         tensors = {n[len(name) + 1:]: t for n, t in group}
         _fill(where, layers, wanted, name, tensors, plan)
-    missing = [n for n, p in model.named_parameters() if p.is_meta]
+    missing = [n for n, t in model.state_dict().items() if t.is_meta]
     if missing:
         raise CheckpointError(f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}; write it again with "
                               "'ldmfast quantize'")
@@ -118,7 +122,10 @@ def _fill(where: str, layers: Mapping[str, nn.Module], wanted: Mapping[str, torc
                                   f"{tuple(wanted[full]) if full in wanted else 'no such tensor'}")
     layer = layers[name]
     for leaf, tensor in tensors.items():
-        layer.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        if leaf in layer._buffers:
+            layer.register_buffer(leaf, tensor)
+        else:
+            layer.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
     if not isinstance(layer, (Linear, Conv2d)):
         return
     if (values is not None) != plan.needs_int8(name) or (values is None) != (scale is None) or (

@@ -11,9 +11,10 @@ from .configs import CLASS_TO_SOLVER, SOLVER_TO_CLASS, solver_of
 from .registry import SOLVERS, make_table, solver_options, start_step
 from .sample import StopSampling, sample
 from .schedules import Schedule
+from .sit import Interpolant, sit
 from .step_table import Clip, StepTable, TableBuilder
 
 __all__ = [
-    "CLASS_TO_SOLVER", "SOLVERS", "SOLVER_TO_CLASS", "Clip", "Schedule", "StepTable", "StopSampling",
-    "TableBuilder", "make_table", "sample", "solver_of", "solver_options", "start_step",
+    "CLASS_TO_SOLVER", "SOLVERS", "SOLVER_TO_CLASS", "Clip", "Interpolant", "Schedule", "StepTable", "StopSampling",
+    "TableBuilder", "make_table", "sample", "sit", "solver_of", "solver_options", "start_step",
 ]

@@ -100,5 +100,5 @@ def test_shapes_that_a_change_of_names_needs(name: str, shape: tuple[int, ...], 
     made.tensors[name] = torch.ones(shape)
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file({k: v.clone() for k, v in made.tensors.items()}, path)
-    with pytest.raises(CheckpointError, match=r"has shape \[.*\], which the CompVis layout does not have there"):
+    with pytest.raises(CheckpointError, match=r"has shape \[.*\], which the original layout does not have there"):
         open_single_file(path)

@@ -26,7 +26,7 @@ def filled(build, seed: int) -> nn.Module:
     with torch.device("meta"):
         module = build()
     module.to_empty(device="cpu")
-    noise = draw(1 << 25, seed=seed)
+    noise = draw((1 << 20) + max(p.numel() for p in module.parameters()), seed=seed)
     with torch.no_grad():
         for i, (name, p) in enumerate(module.named_parameters()):
             start = (i * 7919) % (1 << 20)

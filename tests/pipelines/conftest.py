@@ -2,45 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from small_parts import TOKENIZER, randomise, text, vae
 
 import ldmfast
-
-TOKENIZER = Path(ldmfast.__file__).parent / "assets" / "clip_tokenizer"
-
-
-def _randomise(module: torch.nn.Module, seed: int) -> None:
-    """Every parameter matters: nothing is left at zero or one as initialisers do."""
-    g = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        fan = p[0].numel() if p.ndim > 1 else 1
-        centre = 1.0 if p.ndim == 1 and name.endswith("weight") else 0.0
-        spread = fan**-0.5 if p.ndim > 1 else 0.1
-        p.data.copy_(centre + spread * torch.randn(p.shape, generator=g))
-
-
-def _text(width: int, layers: int, projected: bool, seed: int):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-                            num_attention_heads=2, vocab_size=49408, projection_dim=width,
-                            hidden_act="gelu" if projected else "quick_gelu")
-    model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
-    _randomise(model, seed)
-    return model
-
-
-def _vae(seed: int):
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(block_out_channels=(16, 16, 32, 32), norm_num_groups=8, layers_per_block=1, latent_channels=4,
-                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                        sample_size=64).eval()
-    _randomise(vae, seed)
-    return vae
 
 
 def _unet(in_channels: int, **extra):
@@ -51,7 +17,7 @@ def _unet(in_channels: int, **extra):
                 "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 32,
                 "attention_head_dim": 4, "norm_num_groups": 8}
     unet = UNet2DConditionModel(**{**settings, **extra}).eval()
-    _randomise(unet, 1)
+    randomise(unet, 1)
     with torch.no_grad():  # keep predictions near unit size, as a trained network's are
         unet.conv_out.weight.mul_(0.3)
     return unet
@@ -66,7 +32,7 @@ def make_sd(in_channels: int = 4, **schedule):
 
     cls = StableDiffusionInpaintPipeline if in_channels == 9 else StableDiffusionPipeline
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **{**SD_SCHEDULE, **schedule})
-    return cls(vae=_vae(2), text_encoder=_text(32, 2, False, 3), tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
+    return cls(vae=vae(2), text_encoder=text(32, 2, False, 3), tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
                unet=_unet(in_channels), scheduler=scheduler, safety_checker=None, feature_extractor=None,
                requires_safety_checker=False)
 
@@ -82,8 +48,8 @@ def make_sdxl():
                  up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     second = CLIPTokenizer.from_pretrained(TOKENIZER, pad_token="!")
-    return StableDiffusionXLPipeline(vae=_vae(2), text_encoder=_text(32, 2, False, 3), tokenizer=tokenizer,
-                                     text_encoder_2=_text(32, 3, True, 4), tokenizer_2=second, unet=unet,
+    return StableDiffusionXLPipeline(vae=vae(2), text_encoder=text(32, 2, False, 3), tokenizer=tokenizer,
+                                     text_encoder_2=text(32, 3, True, 4), tokenizer_2=second, unet=unet,
                                      scheduler=EulerDiscreteScheduler(**SD_SCHEDULE), add_watermarker=False)
 
 

@@ -1,0 +1,300 @@
+"""What the pipelines of SD 3 and FLUX share: a call from checked request to pictures, around a joint transformer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..errors import LdmfastError, ShapeError
+from ..samplers import StepTable
+from .inputs import RandomSource, check_size, random_source
+from .output import PipelineOutput, to_output
+from .pipeline import Pipeline
+from .repeat import check_settings
+from .request import OUTPUT_TYPES, number, texts_of, whole
+from .run import decode, explain_not_finite, fits_memory, sample_latents
+from .t5_text import T5Encoder, check_limit
+from .text import PromptEmbeds, TextEncoder
+
+_LONGEST = 512  # tokens of a T5 prompt, diffusers' limit
+
+
+@dataclass(frozen=True)
+class JointRequest:
+    """One call, complete. texts: for each text encoder one text a prompt. embeds: given in their place. table: all step
+    coefficients, guidance folded in. arguments: of the call, as ``settings`` keep them."""
+
+    texts: tuple[list[str], ...] | None
+    negative_texts: tuple[list[str], ...] | None
+    embeds: PromptEmbeds | None
+    negative_embeds: PromptEmbeds | None
+    pictures: int
+    per_prompt: int
+    height: int
+    width: int
+    guidance_scale: float
+    table: StepTable
+    random: RandomSource
+    latents: Tensor | None
+    output_type: str
+    clip_skip: int | None
+    max_sequence_length: int
+    callback: Callable[..., Any] | None
+    progress: bool
+    skip_layers: tuple[int, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class JointPipeline(Pipeline):
+    """A pipeline around SD3Transformer2D or FluxTransformer2D. Text to image."""
+
+    takes_pictures = False
+    prompts: ClassVar[tuple[str, ...]]  # diffusers' argument for each text encoder
+    # arguments that settings keep
+    kept: ClassVar[tuple[str, ...]] = ("num_inference_steps", "sigmas", "guidance_scale", "max_sequence_length",
+                                       "solver", "mu")
+
+    @property
+    def clip_encoders(self) -> list[TextEncoder]:
+        return [e for e in self.loaded.text_encoders if isinstance(e, TextEncoder)]
+
+    @property
+    def t5_encoder(self) -> T5Encoder | None:
+        return next((e for e in self.loaded.text_encoders if isinstance(e, T5Encoder)), None)
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that height and width are multiples of."""
+        return 2 * self.vae_scale_factor
+
+    @property
+    @abstractmethod
+    def default_size(self) -> int:
+        """Pixels a side where a call says nothing."""
+
+    @abstractmethod
+    def latents_shape(self, pictures: int, height: int, width: int) -> tuple[int, ...]:
+        """Of the state that is sampled."""
+
+    @abstractmethod
+    def encode(self, texts: Sequence[list[str]], length: int, clip_skip: int | None) -> PromptEmbeds:
+        """Texts for each encoder -> one row a prompt."""
+
+    def pack(self, noise: Tensor) -> Tensor:
+        """(N, C, h, w) -> the state that is sampled."""
+        return noise
+
+    def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Inverse of pack; height and width in pixels."""
+        return latents
+
+    def network_time(self, t: float) -> float:
+        """What the network is told for the scheduler's time."""
+        return t
+
+    def conditions(self, request: JointRequest, rows: int, tokens: int) -> dict[str, Any]:
+        """More arguments of the network's prepare(), for that many rows and text tokens."""
+        return {}
+
+    def resolve(self, a: dict[str, Any], scale: float, guided: bool, table: Callable[[int, int], StepTable],
+                skip_layers: Sequence[int] = ()) -> JointRequest:
+        """Checks what the families have in common. scale: of classifier-free guidance. table: of a size in pixels."""
+        if a["output_type"] not in OUTPUT_TYPES:
+            raise LdmfastError(f"output_type={a['output_type']!r} is unknown: use one of {', '.join(OUTPUT_TYPES)}")
+        if list(a["callback_on_step_end_tensor_inputs"]) != ["latents"]:
+            raise LdmfastError("callback_on_step_end_tensor_inputs: only ['latents'] is offered")
+        per_prompt = whole("num_images_per_prompt", a["num_images_per_prompt"], 1)
+        texts, embeds, count = self._prompts(a)
+        negative_texts = negative_embeds = None
+        if guided:
+            negative_texts, negative_embeds = self._negatives(a, count, embeds)
+        height, width = (self.default_size if a[k] is None else a[k] for k in ("height", "width"))
+        check_size(height, width, self.multiple)
+        shape, latents = self.latents_shape(count * per_prompt, height, width), a["latents"]
+        if latents is not None and (not isinstance(latents, Tensor) or tuple(latents.shape) != shape):
+            found = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ShapeError(f"latents are {found} where this call needs {shape}")
+        if latents is not None and not bool(torch.isfinite(latents).all()):
+            raise LdmfastError("latents hold NaN or infinite values: check how they were made")
+        length = check_limit(_LONGEST, a["max_sequence_length"])
+        if length > _LONGEST:
+            raise LdmfastError(f"max_sequence_length={length} is more than {_LONGEST}")
+        steps = table(int(height), int(width))
+        if guided and steps.predictions == ("e",):
+            steps = steps.with_guidance(scale)
+        kept = {k: a[k] for k in self.kept if a.get(k) is not None}
+        kept |= {k: [float(s) for s in kept[k]] for k in ("sigmas",) if k in kept}
+        return JointRequest(
+            texts, negative_texts, embeds, negative_embeds, count * per_prompt, per_prompt, int(height), int(width),
+            scale, steps, random_source(a["generator"], count * per_prompt), latents, a["output_type"],
+            a.get("clip_skip"), length, a["callback_on_step_end"], bool(a["progress"]), tuple(skip_layers),
+            {**kept, "height": int(height), "width": int(width)})
+
+
+    def _prompts(self, a: dict[str, Any]) -> tuple[tuple[list[str], ...] | None, PromptEmbeds | None, int]:
+        embeds = _given(a, "")
+        if (a["prompt"] is None) == (embeds is None):
+            raise LdmfastError("give prompt or prompt_embeds, and not both" if embeds is not None else
+                               "no prompt was given: give prompt (an empty text is allowed) or prompt_embeds")
+        if embeds is not None:
+            return None, embeds, len(embeds.states)
+        if not self.clip_encoders:
+            raise LdmfastError("this checkpoint has no text encoders: give prompt_embeds and pooled_prompt_embeds")
+        first = texts_of("prompt", a["prompt"])
+        texts = tuple(first if not a[name] else texts_of(name, a[name]) for name in self.prompts)
+        for name, column in zip(self.prompts, texts):
+            if len(column) != len(first):
+                raise ShapeError(f"{name} has {len(column)} texts, prompt has {len(first)}; they must agree")
+        return texts, None, len(first)
+
+    def _negatives(self, a: dict[str, Any], count: int, embeds: PromptEmbeds | None,
+                   ) -> tuple[tuple[list[str], ...] | None, PromptEmbeds | None]:
+        given = _given(a, "negative_")
+        if given is not None:
+            if embeds is not None and given.states.shape != embeds.states.shape:
+                raise ShapeError(f"negative_prompt_embeds {tuple(given.states.shape)} and prompt_embeds "
+                                 f"{tuple(embeds.states.shape)} must have one shape")
+            return None, given
+        if not self.clip_encoders:
+            raise LdmfastError("guidance needs negative_prompt_embeds and negative_pooled_prompt_embeds beside "
+                               "prompt_embeds: give them, or guidance_scale=1")
+        first = texts_of("negative_prompt", a["negative_prompt"] or "")
+        columns = [first if not a[f"negative_{name}"] else texts_of(f"negative_{name}", a[f"negative_{name}"])
+                   for name in self.prompts]
+        columns = [c * count if len(c) == 1 else c for c in columns]
+        if any(len(c) != count for c in columns):
+            raise ShapeError(f"{max(map(len, columns))} negative prompts were given for {count} prompts: give 1 or "
+                             f"{count}")
+        return tuple(columns), None
+
+    def run(self, request: JointRequest) -> PipelineOutput:
+        """Encode, sample, decode."""
+        with torch.inference_mode(), fits_memory(cast(Any, request)):
+            branches = self._branches(request)
+            shape = (request.pictures, self.vae.config.latent_channels, request.height // self.vae_scale_factor,
+                     request.width // self.vae_scale_factor)
+            x = request.latents.float() if request.latents is not None else self.pack(request.random.normal(shape))
+            x, states = x.to(self.device), request.random.states()
+            loop: Any = request
+            latents, cancelled = sample_latents(self, loop, cast(Any, JointDenoiser(self, request, branches)), x, None)
+            if not bool(torch.isfinite(latents).all()):
+                request.random.restore(states)
+                explain_not_finite(self, loop, cast(Any, JointDenoiser(self, request, branches)), x, None)
+            images: Any = latents
+            if request.output_type != "latent":
+                latents = self.unpack(latents, request.height, request.width)
+                images = to_output(decode(self, latents), request.output_type)
+        return PipelineOutput(images, self._settings(request), cancelled)
+
+    def _branches(self, request: JointRequest) -> list[PromptEmbeds]:
+        """[uncond, cond], or [cond] without guidance, one row a picture."""
+        found = []
+        for texts, embeds, clip_skip in ((request.negative_texts, request.negative_embeds, None),
+                                         (request.texts, request.embeds, request.clip_skip)):
+            if texts is not None:
+                embeds = self.encode(texts, request.max_sequence_length, clip_skip)
+            if embeds is not None:
+                found.append(embeds.repeat(request.per_prompt))
+        return found
+
+    def _settings(self, request: JointRequest) -> list[dict[str, Any]]:
+        steps = request.table.num_steps
+        common: dict[str, Any] = {
+            "ldmfast": __version__, "torch": torch.__version__, "model": self.source,
+            "fingerprint": self.loaded.fingerprint, "precision": self.precision, "device": self.device.type,
+            "mode": "text2img", "height": request.height, "width": request.width, "num_inference_steps": steps,
+            "solver": request.table.solver, "clip_skip": request.clip_skip, "guidance_scale": request.guidance_scale,
+            "timesteps": None, "sigmas": None, "guidance_rescale": 0.0, "eta": 0.0, "image": None, "mask_image": None,
+            "repeatable": request.texts is not None and request.latents is None and request.callback is None,
+            **request.arguments, "arguments": request.arguments}
+        rows = []
+        for i in range(request.pictures):
+            p = i // request.per_prompt
+            own: dict[str, Any] = {
+                "prompt": None if request.texts is None else request.texts[0][p],
+                "negative_prompt": None if request.negative_texts is None else request.negative_texts[0][p],
+                "seed": request.random.seeds[i], "texts": {}}
+            for prefix, columns in (("", request.texts), ("negative_", request.negative_texts)):
+                own["texts"] |= {prefix + n: c[p] for n, c in zip(self.prompts, columns or ())}
+            rows.append(own)
+        batch = rows if self.precision != "exact" and len(rows) > 1 else None
+        return [{**common, **row, "batch": batch, "index": i} for i, row in enumerate(rows)]
+
+    def repeat(self, settings: dict[str, Any], *, image: Any = None, mask_image: Any = None,
+               progress: bool = True) -> PipelineOutput:
+        """As Pipeline.repeat."""
+        check_settings(self, settings, image, mask_image)
+        rows = settings.get("batch") or [settings]
+        texts = {name: [row["texts"][name] for row in rows] for name in rows[0]["texts"]}
+        call: Any = self  # the families' arguments are not Pipeline's
+        out = call(**settings["arguments"], **texts, generator=[row["seed"] for row in rows], progress=progress)
+        assert isinstance(out, PipelineOutput)
+        index = settings.get("index", 0) if settings.get("batch") else 0
+        return PipelineOutput([out.images[index]], [out.settings[index]], out.cancelled)
+
+
+def _given(a: dict[str, Any], prefix: str) -> PromptEmbeds | None:
+    names = [f"{prefix}prompt_embeds", f"{prefix}pooled_prompt_embeds"]
+    states, pooled = (a[n] for n in names)
+    if states is None and pooled is None:
+        return None
+    for name, value, dims in zip(names, (states, pooled), (3, 2)):
+        if not isinstance(value, Tensor) or value.ndim != dims:
+            raise ShapeError(f"{name} must be a tensor (prompts, {'tokens, ' * (dims - 2)}width); {names[0]} and "
+                             f"{names[1]} go together")
+        if not bool(torch.isfinite(value).all()):
+            raise LdmfastError(f"{name} holds NaN or infinite values: check how it was made")
+    if len(states) != len(pooled):
+        raise ShapeError(f"{names[0]} has {len(states)} prompts, {names[1]} {len(pooled)}; they must agree")
+    return PromptEmbeds(states, pooled)
+
+
+class JointDenoiser:
+    """Callable (x, t, stage) -> prediction, or (uncond, cond[, cond with blocks skipped]) with guidance.
+
+    In exact precision every picture has forwards of its own, its guidance branches together."""
+
+    def __init__(self, pipe: JointPipeline, request: JointRequest, branches: Sequence[PromptEmbeds]) -> None:
+        self.pipe, self.request, self.branches = pipe, request, len(branches)
+        self.unets = [pipe.unet]
+        n = request.pictures
+        self.groups = [slice(i, i + 1) for i in range(n)] if pipe.precision == "exact" else [slice(0, n)]
+        self.states = [self._prepare(branches, group) for group in self.groups]
+        self.skipping = [self._prepare(branches[-1:], group) for group in self.groups] if request.skip_layers else []
+
+    def _prepare(self, branches: Sequence[PromptEmbeds], group: slice) -> Any:
+        times = [self.pipe.network_time(float(t)) for t in self.request.table.network_times]
+        net, device = self.pipe.unet, self.pipe.device
+        states = torch.cat([b.states[group] for b in branches]).to(device, net.dtype)
+        pooled = torch.cat([b.pooled[group] for b in branches if b.pooled is not None]).to(device, net.dtype)
+        more = self.pipe.conditions(self.request, len(states), states.shape[1])
+        return net.prepare(times, states, pooled_projections=pooled, **more)
+
+    def __call__(self, x: Tensor, t: float, stage: int) -> Tensor | tuple[Tensor | None, ...]:
+        net, time = self.pipe.unet, self.pipe.network_time(float(t))
+        parts = [net(torch.cat([x[g]] * self.branches), time, state=s).chunk(self.branches)
+                 for g, s in zip(self.groups, self.states)]
+        outs: list[Tensor | None] = [torch.cat(p) for p in zip(*parts)]
+        if self.request.skip_layers:
+            reads = bool(self.request.table.needs_prediction[stage][2])
+            outs.append(torch.cat([net(x[g], time, state=s, skip_layers=self.request.skip_layers)
+                                   for g, s in zip(self.groups, self.skipping)]) if reads else None)
+        return cast(Tensor, outs[0]) if len(outs) == 1 else tuple(outs)
+
+
+def number_of_steps(pipe: Pipeline, a: dict[str, Any]) -> int:
+    """Steps of a call that gives no sigmas."""
+    value = a["num_inference_steps"]
+    value = pipe.loaded.defaults.get("num_inference_steps", 28) if value is None else value
+    return whole("num_inference_steps", value, 1)
+
+
+def scale_of(pipe: Pipeline, a: dict[str, Any], default: float) -> float:
+    value = a["guidance_scale"]
+    return number("guidance_scale", pipe.loaded.defaults.get("guidance_scale", default) if value is None else value)
