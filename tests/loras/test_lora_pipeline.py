@@ -245,8 +245,8 @@ def test_lcm(theirs):
 
 
 def test_diffusers_with_peft(theirs, files, tmp_path):
-    """diffusers' own loading of the same files, with peft. One rank and alpha: where alphas differ, diffusers 0.42 names
-    them in peft's alpha_pattern in a way that peft 0.21 does not match, and ignores with a warning."""
+    """diffusers' own loading of the same files, with peft. One rank and alpha: where alphas differ, diffusers 0.42
+    names them in peft's alpha_pattern in a way that peft 0.21 does not match, and ignores with a warning."""
     pytest.importorskip("peft", reason="peft is not installed")
     files = {name: ({n: make.Matrices(m.down[:4], m.up[:, :4], 2.0) for n, m in lora.items()},
                     tmp_path / f"{name}.safetensors") for name, (lora, _) in files.items()}
