@@ -12,6 +12,7 @@ from .. import loras
 from ..errors import LdmfastError, ShapeError
 from ..loras.scales import as_weight
 from ..models import Model
+from ..ops._load import keep_freed_memory
 
 if TYPE_CHECKING:
     from .load import Components
@@ -49,12 +50,14 @@ class LoraMethods:
         self._change(lambda stack: replace(stack, active=stack.choice(adapter_names, adapter_weights)))
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Lets go of adapters."""
+        """Lets go of adapters, and gives their memory back to the system."""
         self._change(lambda stack: stack.without(adapter_names))
+        keep_freed_memory()
 
     def unload_lora_weights(self) -> None:
         """Lets go of all adapters. What is fused stays in the weights, and unfuse_lora() still takes it out."""
         self._change(loras.Stack.emptied)
+        keep_freed_memory()
 
     def disable_lora(self) -> None:
         """Switches the side path off, keeping its adapters and weights."""
@@ -72,6 +75,7 @@ class LoraMethods:
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Back to the weights as loaded, bit for bit; the adapters are on the side path again."""
         self._change(lambda stack: stack.unfuse(components))
+        keep_freed_memory()
 
     def get_active_adapters(self) -> list[str]:
         return [] if self.loaded.loras is None else self.loaded.loras.active_names
