@@ -19,6 +19,7 @@ class Conditions:
 
     states: (N, tokens, width). pooled: (N, width) and time_ids: (N, 6), SDXL's added conditions.
     class_labels: (N,). timestep_cond: (N, dim), the guidance embedding of LCM-like networks.
+    tokens: (N,) int, the tokens of each row of states that count, where they are not all.
     """
 
     states: torch.Tensor | None = None
@@ -26,12 +27,13 @@ class Conditions:
     time_ids: torch.Tensor | None = None
     class_labels: torch.Tensor | None = None
     timestep_cond: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
 
     def rows(self, rows: list[int]) -> Conditions:
         return Conditions(*[None if v is None else v[rows] for v in self._values()])
 
     def _values(self) -> tuple[torch.Tensor | None, ...]:
-        return self.states, self.pooled, self.time_ids, self.class_labels, self.timestep_cond
+        return self.states, self.pooled, self.time_ids, self.class_labels, self.timestep_cond, self.tokens
 
 
 def _stack(branches: Sequence[Conditions]) -> dict[str, Any]:
@@ -42,6 +44,12 @@ def _stack(branches: Sequence[Conditions]) -> dict[str, Any]:
     kwargs: dict[str, Any] = {}
     if branches[0].states is not None:
         kwargs["encoder_hidden_states"] = join("states")
+    counts = join("tokens")
+    if counts is not None:
+        longest = int(counts.max())  # of those that share this forward: others must not decide what it computes
+        kwargs["encoder_hidden_states"] = kwargs["encoder_hidden_states"][:, :longest].contiguous()
+        if int(counts.min()) < longest:
+            kwargs["encoder_attention_mask"] = torch.arange(longest, device=counts.device) < counts[:, None]
     if branches[0].time_ids is not None:
         kwargs["added_cond_kwargs"] = {"text_embeds": join("pooled"), "time_ids": join("time_ids")}
     if branches[0].class_labels is not None:

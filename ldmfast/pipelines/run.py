@@ -111,7 +111,8 @@ def _encoded(pipe: Pipeline, request: Request, one: Cast) -> tuple[PromptEmbeds,
     force_zeros = (request.negative_prompts is not None and not any(request.negative_prompts) and len(encoders) == 2
                    and pipe.loaded.index.get("force_zeros_for_empty_prompt", True))
     texts = prompts + ([] if negatives is None or force_zeros else negatives)
-    embeds = encode_prompts(encoders, texts, clip_skip=request.clip_skip, one_by_one=pipe.precision == "exact")
+    embeds = encode_prompts(encoders, texts, clip_skip=request.clip_skip, one_by_one=pipe.precision == "exact",
+                            weighting=request.prompt_weighting)
     if force_zeros:
         return embeds, embeds.zeros_like()
     return embeds[:count], None if negatives is None else embeds[count:]
@@ -139,7 +140,8 @@ def _branches(pipe: Pipeline, request: Request, casts: Sequence[Cast]) -> list[C
         if time_ids is not None and pooled is None:
             raise LdmfastError("this network also needs pooled_prompt_embeds and negative_pooled_prompt_embeds")
         branches.append(Conditions(rows.states.to(device, dtype), pooled if time_ids is not None else None,
-                                   time_ids, labels, guidance))
+                                   time_ids, labels, guidance,
+                                   None if rows.tokens is None else rows.tokens.to(device)))
     return branches
 
 
@@ -305,7 +307,8 @@ def _settings(pipe: Pipeline, request: Request) -> list[dict[str, Any]]:
         "mode": request.mode, "height": request.height, "width": request.width,
         "num_inference_steps": request.steps, "timesteps": request.timesteps, "sigmas": request.sigmas,
         "guidance_scale": request.guidance_scale, "guidance_rescale": request.guidance_rescale, "eta": request.eta,
-        "solver": request.solver, "clip_skip": request.clip_skip, "strength": request.strength,
+        "solver": request.solver, "clip_skip": request.clip_skip, "prompt_weighting": request.prompt_weighting,
+        "strength": request.strength,
         "original_size": list(request.original_size), "target_size": list(request.target_size),
         "crops_coords_top_left": list(request.crops_coords_top_left),
         "image": digest(request.image), "mask_image": digest(request.mask_image),

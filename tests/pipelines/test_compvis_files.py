@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import SD_SCHEDULE, TOKENIZER, _randomise
+from pipeline_cases import SD_SCHEDULE, TOKENIZER, randomise
 
 import ldmfast
 
@@ -20,7 +20,7 @@ def text_encoder(width: int, layers: int, act: str, projection: int | None = Non
                             num_attention_heads=width // 64, vocab_size=49408, projection_dim=projection or width,
                             hidden_act=act)
     model = (CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config).eval()
-    _randomise(model, seed)
+    randomise(model, seed)
     return model
 
 
@@ -29,8 +29,8 @@ def networks(unet_config: dict):
                                   down_block_types=("DownEncoderBlock2D",) * 4,
                                   up_block_types=("UpDecoderBlock2D",) * 4).eval()
     unet = diffusers.UNet2DConditionModel(**unet_config).eval()
-    _randomise(vae, 1)
-    _randomise(unet, 2)
+    randomise(vae, 1)
+    randomise(unet, 2)
     return unet, vae
 
 
