@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,13 +131,14 @@ def guidance_embedding(scale: float, pictures: int, dim: int) -> torch.Tensor:
 
 
 class NanFinder:
-    """While active, names the first module of the models that turns finite inputs into NaN or infinity.
+    """While active, names the first module of ``models`` whose output holds NaN or infinity, as "unet.conv_in".
 
     The hook is torch's global one, filtered by thread, because the module itself is shared between threads.
     """
 
-    def __init__(self, *models: torch.nn.Module) -> None:
-        self.names = {id(m): name for model in models for name, m in model.named_modules() if name}
+    def __init__(self, models: Iterable[tuple[str, torch.nn.Module]]) -> None:
+        self.names = {id(m): f"{part}.{name}" for part, model in models
+                      for name, m in model.named_modules() if name}
         self.thread = threading.get_ident()
         self.found: str | None = None
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _TILE = 64  # latents a side, as in diffusers
 
+Blend = Callable[[int, torch.Tensor], torch.Tensor]
+
 
 class Call:
     """What a step callback is given in the pipeline's place: the pipeline's attributes, and this call's own state."""
@@ -61,25 +63,26 @@ def run(pipe: Pipeline, request: Request) -> PipelineOutput:
 
 
 def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
-    casts = cast(pipe, request)
-    branches = _branches(pipe, request, casts)
-    x, blend, extra = _start(pipe, request)
-    times = request.table.network_times.tolist()
-
-    def denoiser() -> Denoiser:
-        return Denoiser(casts, branches, times, one_by_one=pipe.precision == "exact", extra=extra,
-                        guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale)
-
-    sampling_states = request.random.states()
-    latents, cancelled = _sample(pipe, request, denoiser(), x, blend)
+    states, casts = request.random.states(), cast(pipe, request)
+    latents, cancelled = _sample(pipe, request, *_prepare(pipe, request, casts))
     if not bool(torch.isfinite(latents).all()):
-        request.random.restore(sampling_states)
-        _explain(pipe, request, casts, denoiser(), x, blend)
+        request.random.restore(states)
+        _explain(pipe, request, casts)
     if request.output_type == "latent":
         images: Any = latents
     else:
         images = to_output(decode(pipe, latents), request.output_type)
     return PipelineOutput(images, _settings(pipe, request), cancelled)
+
+
+def _prepare(pipe: Pipeline, request: Request, casts: Sequence[Cast]
+             ) -> tuple[Denoiser, torch.Tensor, Blend | None]:
+    """The networks with their conditions, starting latents, and the blend of 4-channel inpainting."""
+    branches = _branches(pipe, request, casts)
+    x, blend, extra = _start(pipe, request)
+    denoiser = Denoiser(casts, branches, request.table.network_times.tolist(), one_by_one=pipe.precision == "exact",
+                        extra=extra, guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale)
+    return denoiser, x, blend
 
 
 def _embeds(pipe: Pipeline, request: Request, casts: Sequence[Cast]
@@ -143,9 +146,6 @@ def _branches(pipe: Pipeline, request: Request, casts: Sequence[Cast]) -> list[C
                                    time_ids, labels, guidance,
                                    None if rows.tokens is None else rows.tokens.to(device)))
     return branches
-
-
-Blend = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 def _start(pipe: Pipeline, request: Request) -> tuple[torch.Tensor, Blend | None, torch.Tensor | None]:
@@ -231,11 +231,14 @@ def _user_callback(request: Request, call: Call, step: int, t: float, latents: t
     return replaced.to(latents)
 
 
-def _explain(pipe: Pipeline, request: Request, casts: Sequence[Cast], denoiser: Denoiser, x: torch.Tensor,
-             blend: Blend | None) -> None:
+def _explain(pipe: Pipeline, request: Request, casts: Sequence[Cast]) -> None:
     """Run the call again from the same random state, looking at every step, and raise what was found."""
     steps = request.table.num_steps
     done = 0
+    networks = [("vae", pipe.vae)]
+    for one in casts:
+        networks += [("unet", one.unet),
+                     *((f"text_encoder{end}", e.model) for end, e in zip(("", "_2"), one.text_encoders))]
 
     def on_step(step: int, t: float, latents: torch.Tensor) -> torch.Tensor:
         nonlocal done
@@ -248,7 +251,10 @@ def _explain(pipe: Pipeline, request: Request, casts: Sequence[Cast], denoiser: 
             raise not_finite(f"at step {step + 1} of {steps} (timestep {t:g})", finder.found, pipe.precision)
         return latents
 
-    with NanFinder(*(c.unet for c in casts)) as finder:
+    with NanFinder(networks) as finder:
+        denoiser, x, blend = _prepare(pipe, request, casts)
+        if finder.found is not None:
+            raise not_finite("before the first step", finder.found, pipe.precision)
         sample(denoiser, x, table=request.table, generator=request.random.argument, callback=on_step)
     raise not_finite(f"after step {done} of {steps}", finder.found, pipe.precision)
 
@@ -280,7 +286,7 @@ def decode(pipe: Pipeline, latents: torch.Tensor) -> torch.Tensor:
     rows = [vae.decode(row.to(dtype), tile=_tile(pipe)).float() for row in z.split(1)]
     pixels = torch.cat(rows)
     if not bool(torch.isfinite(pixels).all()):
-        with NanFinder(vae) as finder:
+        with NanFinder([("vae", vae)]) as finder:
             for row in z.split(1):
                 vae.decode(row.to(dtype), tile=_tile(pipe))
         raise not_finite("in the VAE's decoder", finder.found, pipe.precision)
