@@ -2,14 +2,14 @@
 
     python bench/nan_check.py            # the shipped model on one thread: no other has steps as short
 
-A call looks at its latents once, after the loop, and at its pixels once, after decoding; a step is one evaluation of the
-network with guidance, and lincomb. Prints the medians of CPU time and
-their ratio. The exit status is 1 above 0.5%.
+A call looks at its latents once, after the loop, and at its pixels once, after decoding; a step is one evaluation of
+the network with guidance, and lincomb. Prints the medians of CPU time and their ratio. The exit status is 1 above 0.5%.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def step_seconds(pipe: ldmfast.Pipeline, repeats: int) -> float:
 
     pipe("a red circle above a blue square", generator=0, num_inference_steps=repeats + 1, solver="ddim",
          output_type="latent", callback_on_step_end=on_step, progress=False)
-    return statistics.median([b - a for a, b in zip(stamps, stamps[1:])])
+    return statistics.median([b - a for a, b in itertools.pairwise(stamps)])
 
 
 def main() -> int:

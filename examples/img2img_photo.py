@@ -30,14 +30,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results")
     parser.add_argument("--model", help="diffusers folder or single file (default: the shipped model)")
-    parser.add_argument("--prompt", default="a large yellow circle in the middle on a purple background")
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 0.6, 0.9])
+    parser.add_argument("--prompt", default="a yellow circle on a gray background")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.1, 0.3, 0.6])
     parser.add_argument("--height", type=int, default=64, help="pixels of the photographs (default %(default)s)")
     parser.add_argument("--precision", default="auto")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     pipe = load(args.model, args.precision)
-    for name, photo in photographs(args.height).items():
+    for name, photo in photographs(args.height, square=args.model is None).items():
         row = [photo]
         for strength in args.strengths:
             out = pipe(args.prompt, image=photo, strength=strength, generator=0, progress=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 
-def photographs(height: int) -> dict[str, Image.Image]:
-    """name -> photograph, scaled to ``height`` pixels and cut to multiples of 8 (pip install scikit-learn)."""
+def photographs(height: int, square: bool) -> dict[str, Image.Image]:
+    """name -> photograph of ``height`` pixels, its middle square or all of it (pip install scikit-learn)."""
     try:
         from sklearn.datasets import load_sample_images
     except ImportError as error:
@@ -17,9 +18,8 @@ def photographs(height: int) -> dict[str, Image.Image]:
     pictures = {}
     for name, pixels in zip(found.filenames, found.images):
         photo = Image.fromarray(pixels)
-        width = round(photo.width * height / photo.height)
-        photo = photo.resize((width, height), Image.Resampling.LANCZOS)
-        pictures[name.rsplit("/", 1)[-1].split(".")[0]] = photo.crop((0, 0, width // 8 * 8, height // 8 * 8))
+        width = height if square else photo.width * height // photo.height // 8 * 8
+        pictures[Path(name).stem] = ImageOps.fit(photo, (width, height), Image.Resampling.LANCZOS)
     return pictures
 
 
