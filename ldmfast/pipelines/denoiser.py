@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ class Conditions:
     states: (N, tokens, width). pooled: (N, width) and time_ids: (N, 6), SDXL's added conditions.
     class_labels: (N,). timestep_cond: (N, dim), the guidance embedding of LCM-like networks. mask: (N, tokens) of
     ``states``. resolution: (N, 2) and aspect_ratio: (N, 1), PixArt's added conditions.
+    tokens: (N,) int, the tokens of each row of states that count, where they are not all.
     """
 
     states: torch.Tensor | None = None
@@ -33,6 +34,7 @@ class Conditions:
     mask: torch.Tensor | None = None
     resolution: torch.Tensor | None = None
     aspect_ratio: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
 
     def rows(self, rows: list[int]) -> Conditions:
         return Conditions(*[None if v is None else v[rows] for v in vars(self).values()])
@@ -46,6 +48,12 @@ def _stack(branches: Sequence[Conditions]) -> dict[str, Any]:
     kwargs: dict[str, Any] = {}
     if branches[0].states is not None:
         kwargs["encoder_hidden_states"] = join("states")
+    counts = join("tokens")
+    if counts is not None:
+        longest = int(counts.max())  # of those that share this forward: others must not decide what it computes
+        kwargs["encoder_hidden_states"] = kwargs["encoder_hidden_states"][:, :longest].contiguous()
+        if int(counts.min()) < longest:
+            kwargs["encoder_attention_mask"] = torch.arange(longest, device=counts.device) < counts[:, None]
     if branches[0].time_ids is not None:
         kwargs["added_cond_kwargs"] = {"text_embeds": join("pooled"), "time_ids": join("time_ids")}
     if branches[0].resolution is not None:
@@ -148,13 +156,14 @@ def guidance_embedding(scale: float, pictures: int, dim: int) -> torch.Tensor:
 
 
 class NanFinder:
-    """While active, names the first module of the models that turns finite inputs into NaN or infinity.
+    """While active, names the first module of ``models`` whose output holds NaN or infinity, as "unet.conv_in".
 
     The hook is torch's global one, filtered by thread, because the module itself is shared between threads.
     """
 
-    def __init__(self, *models: torch.nn.Module) -> None:
-        self.names = {id(m): name for model in models for name, m in model.named_modules() if name}
+    def __init__(self, models: Iterable[tuple[str, torch.nn.Module]]) -> None:
+        self.names = {id(m): f"{part}.{name}" for part, model in models
+                      for name, m in model.named_modules() if name}
         self.thread = threading.get_ident()
         self.found: str | None = None
 

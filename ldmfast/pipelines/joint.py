@@ -185,7 +185,11 @@ class JointPipeline(Pipeline):
             latents, cancelled = sample_latents(self, loop, cast(Any, JointDenoiser(self, request, branches)), x, None)
             if not bool(torch.isfinite(latents).all()):
                 request.random.restore(states)
-                explain_not_finite(self, loop, cast(Any, JointDenoiser(self, request, branches)), x, None)
+                encoders = self.loaded.text_encoders
+                networks = [("vae", self.vae), ("transformer", self.unet),
+                            *((f"text_encoder{'' if i == 0 else f'_{i + 1}'}", e.model) for i, e in enumerate(encoders))]
+                explain_not_finite(self, loop, networks,
+                                   lambda: (cast(Any, JointDenoiser(self, request, self._branches(request))), x, None))
             images: Any = latents
             if request.output_type != "latent":
                 latents = self.unpack(latents, request.height, request.width)
@@ -262,7 +266,6 @@ class JointDenoiser:
 
     def __init__(self, pipe: JointPipeline, request: JointRequest, branches: Sequence[PromptEmbeds]) -> None:
         self.pipe, self.request, self.branches = pipe, request, len(branches)
-        self.unets = [pipe.unet]
         n = request.pictures
         self.groups = [slice(i, i + 1) for i in range(n)] if pipe.precision == "exact" else [slice(0, n)]
         self.states = [self._prepare(branches, group) for group in self.groups]

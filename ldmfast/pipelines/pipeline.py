@@ -179,6 +179,7 @@ class Pipeline(LoraMethods):
         return_dict: bool = True,
         guidance_rescale: float = 0.0,
         clip_skip: int | None = None,
+        prompt_weighting: bool = False,
         class_labels: Any = None,
         max_sequence_length: int | None = None,
         use_resolution_binning: bool = True,
@@ -210,6 +211,8 @@ class Pipeline(LoraMethods):
             times its scaling factor).
         loras: adapters of this call in place of the active ones: a name, or {name: weight} ({} for none), or a list of
             these with one for each picture.
+        prompt_weighting: reads "(word:1.3)", "((word))", "[word]" and BREAK in prompts, and encodes prompts of any
+            length in chunks of the text encoder's size, as ComfyUI does (``ldmfast.pipelines.prompt_weights``).
         callback_on_step_end(call, step, timestep, {"latents": x}): may return {"latents": replacement};
             ``call.cancel()`` (or diffusers' ``call._interrupt = True``) ends this call after the step.
         Raises LdmfastError and its subclasses with one line, before any heavy work; PrecisionError when numbers

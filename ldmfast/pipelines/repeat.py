@@ -55,6 +55,7 @@ def repeat(pipe: Pipeline, settings: dict[str, Any], *, image: Any, mask_image: 
         arguments["num_images_per_prompt"] = len(rows)
     if settings.get("class_label") is not None:
         arguments["class_labels"] = [row["class_label"] for row in rows]
+    arguments["prompt_weighting"] = settings.get("prompt_weighting", False)  # older pictures have no word of it
     if settings["mode"] != "text2img":
         arguments.update(image=image, mask_image=mask_image, strength=settings["strength"])
     for name in ("original_size", "target_size", "crops_coords_top_left"):

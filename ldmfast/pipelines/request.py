@@ -16,6 +16,7 @@ from ..samplers import StepTable, make_table
 from .aspect_ratio import trained_size
 from .inputs import RandomSource, check_size, image_size, random_source
 from .lora import choices
+from .prompt_weights import weigh
 from .t5_text import check_limit
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Request:
     table: StepTable
     output_type: str
     clip_skip: int | None
+    prompt_weighting: bool
     class_labels: torch.Tensor | None
     loras: tuple[Choice, ...]
     original_size: tuple[int, int]
@@ -112,7 +114,7 @@ class Request:
             guidance_scale=scale, guidance_rescale=rescale, eta=number("eta", a["eta"]),
             random=random_source(a["generator"], pictures), latents=a["latents"], image=a["image"],
             mask_image=a["mask_image"], strength=strength, solver=_solver(pipe, a), table=table,
-            output_type=a["output_type"], clip_skip=a["clip_skip"],
+            output_type=a["output_type"], clip_skip=a["clip_skip"], prompt_weighting=bool(a["prompt_weighting"]),
             class_labels=_class_labels(pipe, a["class_labels"], pictures), loras=choices(pipe, a["loras"], pictures),
             original_size=a["original_size"] or size, crops_coords_top_left=tuple(a["crops_coords_top_left"]),
             target_size=a["target_size"] or size, callback=a["callback_on_step_end"], progress=bool(a["progress"]),
@@ -199,6 +201,9 @@ def _prompts(pipe: Pipeline, a: dict[str, Any], scale: float) -> tuple[list[str]
     if len(negatives) != len(prompts):
         raise ShapeError(f"{len(negatives)} negative prompts were given for {len(prompts)} prompts: give 1 or "
                          f"{len(prompts)}")
+    if a["prompt_weighting"]:
+        for text in prompts + negatives:
+            weigh(text)  # raises for a weight that is no number
     return prompts, negatives, len(prompts)
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _TILE = 64  # latents a side, as in diffusers
 
+Blend = Callable[[int, torch.Tensor], torch.Tensor]
+
 
 class Call:
     """What a step callback is given in the pipeline's place: the pipeline's attributes, and this call's own state."""
@@ -73,20 +75,25 @@ def run(pipe: Pipeline, request: Request) -> PipelineOutput:
 
 
 def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
-    casts = cast(pipe, request)
-    branches = _branches(pipe, request, casts)
-    x, blend, extra = _start(pipe, request)
-    times = request.table.network_times.tolist()
+    states, casts = request.random.states(), cast(pipe, request)
 
-    def denoiser() -> Denoiser:
-        return Denoiser(casts, branches, times, one_by_one=pipe.precision == "exact", extra=extra,
-                        guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale)
+    def prepare() -> tuple[Denoiser, torch.Tensor, Blend | None]:
+        """The networks with their conditions, starting latents, and the blend of 4-channel inpainting."""
+        branches = _branches(pipe, request, casts)
+        x, blend, extra = _start(pipe, request)
+        times = request.table.network_times.tolist()
+        denoiser = Denoiser(casts, branches, times, one_by_one=pipe.precision == "exact", extra=extra,
+                            guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale)
+        return denoiser, x, blend
 
-    sampling_states = request.random.states()
-    latents, cancelled = sample_latents(pipe, request, denoiser(), x, blend)
+    latents, cancelled = sample_latents(pipe, request, *prepare())
     if not bool(torch.isfinite(latents).all()):
-        request.random.restore(sampling_states)
-        explain_not_finite(pipe, request, denoiser(), x, blend)
+        request.random.restore(states)
+        networks = [("vae", pipe.vae)]
+        for one in casts:
+            networks += [("unet", one.unet),
+                         *((f"text_encoder{end}", e.model) for end, e in zip(("", "_2"), one.text_encoders))]
+        explain_not_finite(pipe, request, networks, prepare)
     if request.output_type == "latent":
         images: Any = latents
     else:
@@ -128,7 +135,8 @@ def _encoded(pipe: Pipeline, request: Request, one: Cast) -> tuple[PromptEmbeds,
     if isinstance(encoders[0], T5Encoder):
         embeds = encoders[0].encode(texts, request.max_sequence_length)
     else:
-        embeds = encode_prompts(encoders, texts, clip_skip=request.clip_skip, one_by_one=pipe.precision == "exact")
+        embeds = encode_prompts(encoders, texts, clip_skip=request.clip_skip, one_by_one=pipe.precision == "exact",
+                                weighting=request.prompt_weighting)
     if force_zeros:
         return embeds, embeds.zeros_like()
     return embeds[:count], None if negatives is None else embeds[count:]
@@ -165,11 +173,8 @@ def _branches(pipe: Pipeline, request: Request, casts: Sequence[Cast]) -> list[C
             raise LdmfastError("this network also needs pooled_prompt_embeds and negative_pooled_prompt_embeds")
         branches.append(Conditions(rows.states.to(device, dtype), pooled if time_ids is not None else None,
                                    time_ids, labels, guidance, None if rows.mask is None else rows.mask.to(device),
-                                   resolution, ratio))
+                                   resolution, ratio, None if rows.tokens is None else rows.tokens.to(device)))
     return branches
-
-
-Blend = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 def _start(pipe: Pipeline, request: Request) -> tuple[torch.Tensor, Blend | None, torch.Tensor | None]:
@@ -263,9 +268,11 @@ def _user_callback(request: Request, call: Call, step: int, t: float, latents: t
     return replaced.to(latents)
 
 
-def explain_not_finite(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor,
-                       blend: Blend | None) -> None:
-    """Run the call again from the same random state, looking at every step, and raise what was found."""
+def explain_not_finite(pipe: Pipeline, request: Request, networks: Sequence[tuple[str, torch.nn.Module]],
+                       prepare: Callable[[], tuple[Denoiser, torch.Tensor, Blend | None]]) -> None:
+    """Run the call again from the same random state, looking at every step, and raise what was found.
+
+    prepare: the denoiser with its conditions, starting latents, and the blend of 4-channel inpainting."""
     steps = request.table.num_steps
     done = 0
 
@@ -280,7 +287,10 @@ def explain_not_finite(pipe: Pipeline, request: Request, denoiser: Denoiser, x: 
             raise not_finite(f"at step {step + 1} of {steps} (timestep {t:g})", finder.found, pipe.precision)
         return latents
 
-    with NanFinder(*denoiser.unets) as finder:
+    with NanFinder(networks) as finder:
+        denoiser, x, blend = prepare()
+        if finder.found is not None:
+            raise not_finite("before the first step", finder.found, pipe.precision)
         sample(denoiser, x, table=request.table, generator=request.random.argument, callback=on_step)
     raise not_finite(f"after step {done} of {steps}", finder.found, pipe.precision)
 
@@ -311,7 +321,7 @@ def decode(pipe: Pipeline, latents: torch.Tensor) -> torch.Tensor:
     z = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
     pixels = torch.cat([_decode_one(pipe, row.to(dtype)).float() for row in z.split(1)])
     if not bool(torch.isfinite(pixels).all()):
-        with NanFinder(vae) as finder:
+        with NanFinder([("vae", vae)]) as finder:
             for row in z.split(1):
                 vae.decode(row.to(dtype), tile=_tile(pipe))
         raise not_finite("in the VAE's decoder", finder.found, pipe.precision)
@@ -346,7 +356,8 @@ def _settings(pipe: Pipeline, request: Request) -> list[dict[str, Any]]:
         "use_resolution_binning": request.binned, "max_sequence_length": request.max_sequence_length,
         "num_inference_steps": request.steps, "timesteps": request.timesteps, "sigmas": request.sigmas,
         "guidance_scale": request.guidance_scale, "guidance_rescale": request.guidance_rescale, "eta": request.eta,
-        "solver": request.solver, "clip_skip": request.clip_skip, "strength": request.strength,
+        "solver": request.solver, "clip_skip": request.clip_skip, "prompt_weighting": request.prompt_weighting,
+        "strength": request.strength,
         "original_size": list(request.original_size), "target_size": list(request.target_size),
         "crops_coords_top_left": list(request.crops_coords_top_left),
         "image": digest(request.image), "mask_image": digest(request.mask_image),

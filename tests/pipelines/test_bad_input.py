@@ -164,6 +164,55 @@ def test_nan_in_the_decoder_is_named(sd):
         pipe("a cat", generator=1, num_inference_steps=2, progress=False)
 
 
+def _networks(pipe):
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def _called(pipe, **call) -> list[str]:
+    """Names of the modules without parts that a call runs, in order of their first run."""
+    leaves = {f"{part}.{name}": m for part, model in _networks(pipe).items()
+              for name, m in model.named_modules() if name and not list(m.children())}
+    seen: dict[str, None] = {}
+    for name, module in leaves.items():  # no hooks: where there are any, norms are not fused into convolutions
+        module.forward = lambda *a, name=name, inner=module.forward, **k: (seen.setdefault(name), inner(*a, **k))[1]
+    pipe(**call)
+    for module in leaves.values():
+        del module.forward
+    return list(seen)
+
+
+@pytest.mark.parametrize("precision", ["exact", "bf16"])
+def test_nan_at_twenty_sites_is_named_every_time(precision, sd, picture):
+    """Text encoders, the source's encoder, embeddings made once a call, the network's steps, the decoder: wherever one
+    number becomes NaN, the error names that very module (embeddings and text encoders were not looked at before)."""
+    pipe = ldmfast.Pipeline.from_pretrained(sd[1], precision=precision)
+    call = {"prompt": "a cat", "image": picture, "strength": 0.9, "generator": 1, "num_inference_steps": 2,
+            "progress": False, "solver": "euler"}
+    called = _called(pipe, **call)
+    sites = [called[i * (len(called) - 1) // 19] for i in range(20)]
+    assert {name.split(".")[0] for name in sites} == set(_networks(pipe)) and len(set(sites)) == 20
+    named = []
+    for site in sites:
+        part, _, inside = site.partition(".")
+        module = _networks(pipe)[part].get_submodule(inside)
+
+        def spoil(*args, inner=module.forward, **kwargs):
+            out = inner(*args, **kwargs)
+            out[(0, *(n // 2 for n in out.shape[1:]))] = float("nan")  # row 0: embeddings are padded to 16
+            return out
+
+        module.forward = spoil
+        try:
+            with pytest.raises(PrecisionError) as caught:
+                pipe(**call)
+        finally:
+            del module.forward
+        named.append(f"first in module '{site}'" in str(caught.value))
+    print(f"{precision}: {sum(named)} of {len(sites)} sites named")
+    assert all(named), [site for site, ok in zip(sites, named) if not ok]
+    assert np.isfinite(np.asarray(pipe(**call).images[0])).all()
+
+
 def test_png_without_settings(ours, tmp_path, picture):
     from ldmfast.pipelines import read_settings
 

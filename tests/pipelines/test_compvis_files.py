@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import SD_SCHEDULE, TOKENIZER
-from small_parts import randomise
+from pipeline_cases import SD_SCHEDULE
+from small_parts import TOKENIZER, randomise
 
 import ldmfast
 
