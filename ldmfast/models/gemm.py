@@ -305,7 +305,7 @@ class Conv2d(Direct, nn.Conv2d):
                 torch.bfloat16 if _WRITES_BF16 else torch.float32, "none", [], "").to(torch.bfloat16)
         return out if residual is None else out.add_(residual)
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         """What the ops of our own take beside tensors."""
         return {"out_channels": self.out_channels, "kernel": self.kernel_size[0], "stride": self.stride[0],
                 "padding": int(self.padding[0])}

@@ -185,9 +185,9 @@ class JointPipeline(Pipeline):
             latents, cancelled = sample_latents(self, loop, cast(Any, JointDenoiser(self, request, branches)), x, None)
             if not bool(torch.isfinite(latents).all()):
                 request.random.restore(states)
-                encoders = self.loaded.text_encoders
+                encoders = zip(("", "_2", "_3"), self.loaded.text_encoders)
                 networks = [("vae", self.vae), ("transformer", self.unet),
-                            *((f"text_encoder{'' if i == 0 else f'_{i + 1}'}", e.model) for i, e in enumerate(encoders))]
+                            *((f"text_encoder{end}", e.model) for end, e in encoders)]
                 explain_not_finite(self, loop, networks,
                                    lambda: (cast(Any, JointDenoiser(self, request, self._branches(request))), x, None))
             images: Any = latents
