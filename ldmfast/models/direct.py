@@ -14,6 +14,11 @@ def hooked(m: nn.Module) -> bool:
                 or _torch._global_forward_pre_hooks)
 
 
+def watched(m: nn.Module) -> bool:
+    """Whether what m computes has to go through a call of m: it has hooks, or a forward of its own."""
+    return hooked(m) or "forward" in vars(m)
+
+
 class Direct(nn.Module):
     """Calls forward() at once unless forward hooks are registered, on this module or for all.
 

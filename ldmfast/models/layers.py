@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .direct import Direct, hooked
+from .direct import Direct, watched
 from .gemm import Conv2d, GatedLinear, Linear, Quantized
 
 # rows of one small GEMM: one register tile of oneDNN and MKL, and weights are read once for 16 steps
@@ -113,19 +113,19 @@ class GroupNorm(Direct, nn.GroupNorm):
 
 
     def conv(self, layer: Conv2d, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """layer(forward(x, shift), residual); as one op where convolutions are our own, nobody looks between, and the
-        layer has no adapter, which needs its input."""
-        if hooked(self) or hooked(layer) or layer.lora is not None:
-            return layer(self.into(layer, x, shift), residual)
+        """layer(forward(x, shift), residual); as one op where convolutions are our own, nobody looks between or has
+        another forward in place, and the layer has no adapter, which needs its input."""
         own, w = self._parameters, layer.int8
-        norm = (x, self.num_groups, own["weight"], own["bias"], self.eps)
-        if w is not None and w.own:
-            return ops.norm_conv2d_q8(*norm, w.values, w.scale, w.sums, w.bias, residual, shift=shift, silu=self.silu,
-                                      **layer.sizes())
-        if w is None and layer.own:
-            return ops.norm_conv2d(*norm, layer.weight, layer.bias, residual, shift=shift, silu=self.silu,
-                                   **layer.sizes())
-        return layer(self.into(layer, x, shift), residual)
+        if layer.lora is None and not watched(self) and not watched(layer):
+            norm = (x, self.num_groups, own["weight"], own["bias"], self.eps)
+            if w is not None and w.own:
+                return ops.norm_conv2d_q8(*norm, w.values, w.scale, w.sums, w.bias, residual, shift=shift,
+                                          silu=self.silu, **layer.sizes())
+            if w is None and layer.own:
+                return ops.norm_conv2d(*norm, layer.weight, layer.bias, residual, shift=shift, silu=self.silu,
+                                       **layer.sizes())
+        inner = self.into(layer, x, shift)
+        return layer(inner) if residual is None else layer(inner, residual)
 
 
 class LayerNorm(Direct, nn.LayerNorm):

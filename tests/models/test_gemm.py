@@ -239,4 +239,6 @@ def test_a_norm_and_its_convolution_are_the_same_as_one_and_the_other(library, e
     handle = conv.register_forward_hook(lambda m, args, out: seen.append(out))
     assert torch.equal(norm.conv(conv, x, shift, residual), one)
     handle.remove()
+    conv.forward = lambda *args, forward=conv.forward: forward(*args) * 2
+    assert torch.equal(norm.conv(conv, x, shift, residual), one * 2)
     assert len(seen) == 1
