@@ -46,15 +46,17 @@ def random_model(cls: Any, config: dict[str, Any], seed: int = 0) -> Any:
     noise = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.normal_(std=p[0].numel() ** -0.5, generator=noise) if p.ndim > 1 else p.fill_(0.5)
-    for table in model.buffers():  # SD 3's positions
-        table.normal_(generator=noise)
+    kept = model.state_dict()
+    for name, table in model.named_buffers():
+        if name in kept:  # SD 3's positions
+            table.normal_(generator=noise)
     return model
 
 
 def fill_positions(model: nn.Module) -> None:
     """The sines and cosines that a transformer of diffusers holds as a buffer, which is not in its state_dict."""
     part = getattr(model, "pos_embed", None)
-    if part is not None:
+    if part is not None and "pos_embed.pos_embed" not in model.state_dict() and hasattr(part, "pos_embed"):
         fresh = type(part)(height=model.config.sample_size, width=model.config.sample_size,
                            patch_size=model.config.patch_size, in_channels=1, embed_dim=part.pos_embed.shape[-1],
                            interpolation_scale=part.interpolation_scale)

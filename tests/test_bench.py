@@ -202,7 +202,8 @@ def test_targets_compare_medians_of_one_case(bench):
 
 def test_every_target_names_a_case_that_is_measured(bench):
     cases = {f"attention bf16 {shape}" for shape in bench.work.ATTENTION} | {"group_norm_silu bf16 2x320x64x64"}
-    assert {t.case for t in bench.peers.TARGETS} == cases | {"sd15", "sdxl", "vae", "tiny", "load"}
+    cases |= {"sd15", "sdxl", "vae", "tiny", "load", "dit", "pixart", "sd3", "flux"}
+    assert {t.case for t in bench.peers.TARGETS} == cases
 
 
 def test_load_counts_the_numbers_of_a_folder(bench):
