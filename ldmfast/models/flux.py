@@ -146,7 +146,8 @@ class FluxTransformer2D(FromSingleFile, Model):
             raise ShapeError("guidance was given, this model has no guidance embedding; leave it out")
         ids = torch.cat([self._ids("txt_ids", txt_ids, prompt.shape[1]), self._ids("img_ids", img_ids)])
         t = torch.tensor(times, dtype=torch.float64, device=self.device)
-        embedding = self.time_text_embed(t * 1000, pooled.to(self.dtype), None if guidance is None else guidance.float() * 1000)
+        guidance = None if guidance is None else guidance.float() * 1000
+        embedding = self.time_text_embed(t * 1000, pooled.to(self.dtype), guidance)
         return JointState({t: i for i, t in enumerate(times)}, self.modulations.project(embedding),
                           self.context_embedder(prompt.to(self.dtype)), rotary(ids.to(self.device), c.axes_dims_rope))
 
