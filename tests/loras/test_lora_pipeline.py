@@ -117,6 +117,19 @@ def test_a_batch_with_different_adapters(files, precision):
     assert all(m is n for m, n in zip(pipe.unet.modules(), pipe.loaded.loras.base["unet"].modules()))
 
 
+def test_prompts_of_different_length_with_different_adapters(files):
+    """Each row's prompt keeps its own number of tokens, whatever shares the batch."""
+    pipe = loaded(files)
+    long = "a (red:1.3) circle above a blue square, " * 12
+    prompts, each = [make.PROMPT, long, "a ((green)) ring", long], ["b", None, "b", {"a": 0.5}]
+    batch = ours(pipe, [1, 2, 3, 4], prompt=prompts, loras=each, prompt_weighting=True)
+    for i, (prompt, one) in enumerate(zip(prompts, each)):
+        alone = ours(pipe, [i + 1], prompt=prompt, loras=one or {}, prompt_weighting=True)
+        assert torch.equal(batch[i:i + 1], alone), i
+    cut = ours(pipe, [2], prompt="a (red:1.3) circle above a blue square, " * 4, loras={}, prompt_weighting=True)
+    assert not torch.equal(batch[1:2], cut), "what lies beyond 77 tokens must be seen"
+
+
 def test_swaps_in_other_threads(files):
     """A call that runs while adapters are swapped, fused and unloaded is all old or all new."""
     pipe = loaded(files)
