@@ -42,7 +42,7 @@ def kernel(x, out, num_rows, columns, stride, tiles, ACTIVATION: tl.constexpr, B
     if ACTIVATION == "gelu":
         result = value * (0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)))
     elif ACTIVATION == "gelu_tanh":
-        result = value * (gate / (1 + tl.exp(gate * (gate * gate * -0.0713548162726009 - 1.5957691216057308))))
+        result = value * (gate / (1 + tl.exp(gate * (gate * gate * -0.07135481627260025 - 1.5957691216057308))))
     else:
         result = value * (gate / (1 + tl.exp(-gate)))
     tl.store(out + row[:, None] * columns + column[None, :], result.to(out.dtype.element_ty), mask)

@@ -356,6 +356,8 @@ BAD = {
     "scale": (lambda: ops.layer_norm_modulate(T, torch.ones(3, 8)), ShapeError, r"scale has shape \(3, 8\)"),
     "ln_bias": (lambda: ops.layer_norm_modulate(T, bias=torch.ones(2)), ShapeError, r"bias has shape \(2,\)"),
     "odd": (lambda: ops.geglu(torch.ones(2, 5)), ShapeError, "even last dimension"),
+    "no_pixels": (lambda: ops.conv2d(torch.ones(1, 4, 0, 5), ops.pack_weight(torch.ones(3, 4, 3, 3)), out_channels=3,
+                                     padding=2), ShapeError, "an image of 0 x 5 pixels"),
     "q8_groups": (lambda: ops.group_norm_silu_q8(X, 3), ShapeError, "group_norm_silu_q8: 8 channels do not split"),
     "q8_scale": (lambda: ops.layer_norm_modulate_q8(T, torch.ones(3, 8)), ShapeError, r"_q8: scale has shape \(3, 8\)"),
     "q8_odd": (lambda: ops.geglu_q8(torch.ones(2, 5)), ShapeError, "geglu_q8: x has shape .* even last dimension"),
@@ -382,3 +384,13 @@ def test_bad_input_gets_one_line(name):
     with pytest.raises(error, match=text) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_gates_far_from_zero(dtype):
+    """SiLU and tanh-GELU of what fp16 overflows to, and of numbers whose exponential does."""
+    gate = torch.tensor([float("inf"), 6e4, 30.0, -30.0, -6e4] * 7, dtype=dtype)
+    x = torch.cat([torch.ones_like(gate), gate])[None]
+    for op, function in ((ops.swiglu, torch.nn.functional.silu),
+                         (ops.geglu_tanh, lambda g: torch.nn.functional.gelu(g, approximate="tanh"))):
+        torch.testing.assert_close(op(x)[0].double(), function(gate.double()), rtol=2**-7, atol=1e-6)

@@ -72,6 +72,15 @@ def test_free_and_used_memory_never_exceed_what_was_used_at_once(image):
 
 
 @NEEDS
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.int16, torch.float64], ids=str)
+def test_memory_is_as_large_as_the_numbers_of_any_dtype(dtype):
+    x = (torch.arange(1500 * 1500) % 97).view(1, 1, 1500, 1500).to(dtype)
+    with reused_memory():
+        y = ops.upsample2x(x)
+    assert torch.equal(y[:, :, 1::2, ::2], x) and torch.equal(y[:, :, ::2, 1::2], x)
+
+
+@NEEDS
 def test_threads_share_it_without_a_mix_up(image):
     inputs = [image * k for k in (1, 2, 3, 4)]
     expected = [norm(x) for x in inputs]

@@ -41,14 +41,15 @@ inline F power_of_two(F t) {
 #endif
 }
 
-// a / b for b in [1, 2^126] (and, if rough, infinite b).
+// a / b for b in [1, 2^126], or infinite.
 template <bool rough>
 inline F quotient(F a, F b) {
 #if defined(__AVX512F__)
   const F r = (F)_mm512_rcp14_ps((__m512)b);
   if constexpr (rough) return a * r;
   const F q = a * r, rest = (F)_mm512_fnmadd_ps((__m512)q, (__m512)b, (__m512)a);  // exact only if fused
-  return q + rest * r;
+  const __mmask16 known = _mm512_cmp_ps_mask((__m512)rest, (__m512)rest, _CMP_ORD_Q);  // not where a or b is infinite
+  return (F)_mm512_mask3_fmadd_ps((__m512)rest, (__m512)r, (__m512)q, known);
 #elif defined(__AVX2__)
   if constexpr (rough) {
     const F r = (F)_mm256_rcp_ps((__m256)b);
@@ -63,9 +64,6 @@ inline F quotient(F a, F b) {
 // a / (1 + 2^t)
 template <bool rough>
 inline F logistic(F a, F t) {
-#if defined(__AVX512F__)
-  if constexpr (!rough) t = (F)_mm512_min_ps(_mm512_set1_ps(125.0f), (__m512)t);  // a NaN in t stays
-#endif
   return quotient<rough>(a, 1 + power_of_two<rough>(t));
 }
 

@@ -3,7 +3,6 @@
 // never more together than the most that was in use at once.
 #pragma once
 
-#include <cstdlib>
 #include <mutex>
 #include <vector>
 
@@ -37,7 +36,11 @@ class Blocks {
     }
     use(size);
     while (!free_.empty() && live_ + spare_ > most_) drop_oldest();
-    void* const memory = std::aligned_alloc(kLargePage, size);
+    void* memory = fresh_pages(size);
+    if (memory == nullptr) {
+      drop_all();
+      memory = fresh_pages(size);
+    }
     if (memory == nullptr)
       live_ -= size;
     else
@@ -69,7 +72,7 @@ class Blocks {
     if (live_ > most_) most_ = live_;
   }
   void drop_oldest() {
-    std::free(free_.front().memory);
+    return_pages(free_.front().memory, free_.front().size);
     spare_ -= free_.front().size;
     free_.erase(free_.begin());
   }

@@ -94,11 +94,7 @@ inline bool take_block(size_t bytes, const Sizes& sizes, const Sizes& strides, i
 
 // Bytes of a tensor without gaps, as all that is made here is.
 inline size_t bytes_of(const Sizes& sizes, int32_t dtype) {
-  size_t bytes = 2;
-  for (const int32_t narrow : {aoti_torch_dtype_uint8(), aoti_torch_dtype_int8(), aoti_torch_dtype_float8_e4m3fn()})
-    if (dtype == narrow) bytes = 1;
-  if (dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_int32()) bytes = 4;
-  if (dtype == aoti_torch_dtype_float64()) bytes = 8;
+  size_t bytes = aoti_torch_dtype_element_size(dtype);
   for (const int64_t n : sizes) bytes *= size_t(n);
   return bytes;
 }

@@ -115,6 +115,7 @@ class Engine:
             if not free:
                 raise LdmfastError("engine.clear(): a call of this thread is using its graph; clear it after the call")
             self._forget(list(self._entries))
+            self._watches.clear()
 
     def _work(self, module: nn.Module, key: Hashable, record: Callable[[], Any]) -> Loop | Function | str:
         watch = self._watches.get(id(module))
@@ -128,6 +129,8 @@ class Engine:
         if key not in self._entries:
             self._forget(list(self._entries)[: max(0, len(self._entries) + 1 - self.limit)])
             self._entries[key] = _Entry(module, self._record(record))
+            used = {id(e.module) for e in self._entries.values()}  # a watch holds its module, with all its weights
+            self._watches = {i: w for i, w in self._watches.items() if i in used}
         self._entries.move_to_end(key)
         return self._entries[key].work
 

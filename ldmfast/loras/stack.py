@@ -111,7 +111,8 @@ class Stack:
 
     def networks(self, choice: Choice) -> dict[str, Model]:
         """The networks with these adapters on the side path."""
-        return {c: _with(network, c, [(self.adapters[name], dict(s).get(c, 0.0)) for name, s in choice], with_side)
+        each = sorted(choice)  # by name: sums in one order, however the choice was written (JSON sorts, too)
+        return {c: _with(network, c, [(self.adapters[name], dict(s).get(c, 0.0)) for name, s in each], with_side)
                 for c, network in self.merged.items()}
 
     def fuse(self, components: Collection[str] | None, names: Collection[str] | None, lora_scale: float) -> Stack:

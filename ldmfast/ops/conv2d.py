@@ -110,7 +110,7 @@ def check(op: str, x: Tensor, weight: Tensor, dtype: torch.dtype, bias: Tensor |
         raise ShapeError(f"{op}: {x.shape[1]} channels in and {out_channels} out, needs at least one of each")
     if kernel < 1 or stride < 1 or padding < 0:
         raise ShapeError(f"{op}: kernel {kernel}, stride {stride}, padding {padding}: needs at least 1, 1 and 0")
-    if min(out_size(s, kernel, stride, padding, upsample) for s in x.shape[2:]) < 1:
+    if min(x.shape[2:]) < 1 or min(out_size(s, kernel, stride, padding, upsample) for s in x.shape[2:]) < 1:
         raise ShapeError(f"{op}: an image of {x.shape[2]} x {x.shape[3]} pixels is smaller than a kernel of {kernel} "
                          f"with padding {padding}")
     wanted = packed_shape((out_channels, x.shape[1], kernel, kernel), dtype)

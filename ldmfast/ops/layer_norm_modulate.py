@@ -103,7 +103,7 @@ def condition(op: str, name: str, p: Tensor | None, x: Tensor) -> Tensor | None:
     if p.ndim == x.ndim and p.shape[-2] == 1:
         p = p.squeeze(-2)
     if p.shape[-1:] == (c,) and (p.ndim == 1 or p.shape[:-1] == lead or numel(p.shape[:-1]) == 1):
-        return p.reshape(-1, c) if p.ndim != 2 else p
+        return p.reshape(numel(p.shape[:-1]), c) if p.ndim != 2 else p
     raise ShapeError(f"{op}: {name} has shape {shape_of(p)}, needs {(*lead, c)}, "
                      f"{(*lead, 1, c)} or ({c},) for x of shape {shape_of(x)}")
 

@@ -26,9 +26,9 @@ def reference(x: Tensor, shift: Tensor | None, num_groups: int, norm_weight: Ten
               residual: Tensor | None, out_channels: int, kernel: int, stride: int, padding: int) -> Tensor:
     codes = norm_reference(x, shift, num_groups, norm_weight, norm_bias, eps, silu, 0)
     wide = accumulator(x)
-    y = conv_reference(*codes, weight, weight_scale, weight_sums, None if bias is None else bias.to(wide),
-                            None if residual is None else residual.to(wide), out_channels, kernel, stride, padding,
-                            False)
+    added = x.new_zeros(out_channels, dtype=wide) if bias is None else bias.to(wide)  # its dtype is the result's
+    y = conv_reference(*codes, weight, weight_scale, weight_sums, added,
+                       None if residual is None else residual.to(wide), out_channels, kernel, stride, padding, False)
     return y.to(x.dtype)
 
 
@@ -56,17 +56,19 @@ def cost(x: Tensor, shift: Tensor | None, num_groups: int, norm_weight: Tensor |
 
 def cases() -> Iterator[Case]:
     def make(*shape: int, out: int, groups: int = 32, kernel: int = 3, stride: int = 1, padding: int = 1,
-             layout: str = "channels_last", shift: bool = True, silu: bool = True, residual: bool = True):
+             layout: str = "channels_last", shift: bool = True, silu: bool = True, residual: bool = True,
+             bias: bool = True):
         def draw(d: Draw):
             y = (shape[0], out, *(out_size(s, kernel, stride, padding, False) for s in shape[2:]))
             norm = draw_norm(d, *shape, groups=groups, layout=layout, shift=shift, affine=True, silu=silu)
-            return (*norm, *draw_weight(d, out, shape[1], kernel, kernel), d.normal(out),
+            return (*norm, *draw_weight(d, out, shape[1], kernel, kernel), d.normal(out) if bias else None,
                     d.normal(*y, layout=layout) if residual else None, out, kernel, stride, padding)
         return draw
 
     yield case("sd15_64x64", "network channels_last big", make(2, 320, 64, 64, out=320))
     yield case("sd15_16x16", "network channels_last big", make(2, 1280, 16, 16, out=1280))
     yield case("small", "network channels_last", make(2, 64, 16, 16, out=64))
+    yield case("no_bias", "channels_last", make(1, 64, 5, 6, out=32, bias=False, residual=False))
     yield case("nchw", "", make(2, 6, 5, 4, out=7, groups=3, layout="contiguous"))
     yield case("pointwise", "channels_last", make(3, 74, 7, 5, out=33, groups=37, kernel=1, padding=0, silu=False))
     yield case("strided", "channels_last", make(2, 18, 13, 37, out=8, groups=6, stride=2, residual=False))

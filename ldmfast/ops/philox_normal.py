@@ -36,7 +36,7 @@ def _words(state: Tensor, count: int, threads: int) -> tuple[Tensor, Tensor, Ten
     width = max(drawing_threads(count, threads), 1)
     i = torch.arange(count, device=state.device)
     thread, call, place_in_call = i % width, i // (4 * width), i // width % 4
-    seed, step = state[:, :1], (state[:, 1:] >> 2) + call
+    seed, step = state[:, :1], (state[:, 1:] >> 2 & 2**62 - 1) + call
     zero = torch.zeros_like(step)
     words = torch.stack(philox((step & _WORD, step >> 32 & _WORD, zero + thread, zero),
                                (seed & _WORD, seed >> 32 & _WORD)), -1)

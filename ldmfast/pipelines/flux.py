@@ -110,7 +110,7 @@ class FluxPipeline(JointPipeline):
                 steps = number_of_steps(self, a)
                 given = np.linspace(1.0, 1 / steps, steps).tolist()
             else:
-                given = list(sigmas)
+                given = a["sigmas"]
             return make_table(self.schedule, solver or self.loaded.defaults.get("solver"), sigmas=given,
                               image_seq_len=tokens)
 

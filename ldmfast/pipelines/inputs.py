@@ -91,6 +91,24 @@ def random_source(generator: GeneratorLike, pictures: int) -> RandomSource:
     return RandomSource(tuple(items), False, tuple(numbers))
 
 
+def check_lists(a: dict[str, Any], names: Sequence[str] = ("timesteps", "sigmas")) -> None:
+    """Makes lists of floats of these arguments where they are given. Raises LdmfastError for anything else."""
+    for name in names:
+        value = a.get(name)
+        if value is None:
+            continue
+        try:
+            a[name] = [float(v) for v in value]
+        except (TypeError, ValueError) as error:
+            raise LdmfastError(f"{name}={value!r} is not a list of numbers") from error
+
+
+def check_inputs_of_callback(names: Any) -> None:
+    """diffusers' callback_on_step_end_tensor_inputs. Raises LdmfastError unless it names the latents alone."""
+    if not isinstance(names, (list, tuple)) or list(names) != ["latents"]:
+        raise LdmfastError("callback_on_step_end_tensor_inputs: only ['latents'] is offered")
+
+
 def check_size(height: int, width: int, multiple: int) -> None:
     for name, value in (("height", height), ("width", width)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):

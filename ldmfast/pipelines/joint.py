@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import LdmfastError, ShapeError
 from ..samplers import StepTable
-from .inputs import RandomSource, check_size, random_source
+from .inputs import RandomSource, check_inputs_of_callback, check_lists, check_size, random_source
 from .output import PipelineOutput, to_output
 from .pipeline import Pipeline
 from .repeat import check_settings
@@ -107,8 +107,10 @@ class JointPipeline(Pipeline):
         """Checks what the families have in common. scale: of classifier-free guidance. table: of a size in pixels."""
         if a["output_type"] not in OUTPUT_TYPES:
             raise LdmfastError(f"output_type={a['output_type']!r} is unknown: use one of {', '.join(OUTPUT_TYPES)}")
-        if list(a["callback_on_step_end_tensor_inputs"]) != ["latents"]:
-            raise LdmfastError("callback_on_step_end_tensor_inputs: only ['latents'] is offered")
+        check_inputs_of_callback(a["callback_on_step_end_tensor_inputs"])
+        check_lists(a)
+        if a.get("clip_skip") is not None:
+            whole("clip_skip", a["clip_skip"], 0)
         per_prompt = whole("num_images_per_prompt", a["num_images_per_prompt"], 1)
         texts, embeds, count = self._prompts(a)
         negative_texts = negative_embeds = None
@@ -129,7 +131,6 @@ class JointPipeline(Pipeline):
         if guided and steps.predictions == ("e",):
             steps = steps.with_guidance(scale)
         kept = {k: a[k] for k in self.kept if a.get(k) is not None}
-        kept |= {k: [float(s) for s in kept[k]] for k in ("sigmas",) if k in kept}
         return JointRequest(
             texts, negative_texts, embeds, negative_embeds, count * per_prompt, per_prompt, int(height), int(width),
             scale, steps, random_source(a["generator"], count * per_prompt), latents, a["output_type"],
@@ -160,6 +161,9 @@ class JointPipeline(Pipeline):
             if embeds is not None and given.states.shape != embeds.states.shape:
                 raise ShapeError(f"negative_prompt_embeds {tuple(given.states.shape)} and prompt_embeds "
                                  f"{tuple(embeds.states.shape)} must have one shape")
+            if len(given.states) != count:
+                raise ShapeError(f"negative_prompt_embeds have {len(given.states)} prompts, this call has {count}; "
+                                 "they must agree")
             return None, given
         if not self.clip_encoders:
             raise LdmfastError("guidance needs negative_prompt_embeds and negative_pooled_prompt_embeds beside "
@@ -205,6 +209,10 @@ class JointPipeline(Pipeline):
                 embeds = self.encode(texts, request.max_sequence_length, clip_skip)
             if embeds is not None:
                 found.append(embeds.repeat(request.per_prompt))
+        shapes = [(tuple(f.states.shape), None if f.pooled is None else tuple(f.pooled.shape)) for f in found]
+        if len(set(shapes)) > 1:
+            raise ShapeError(f"the negative prompt's embeddings are {shapes[0]}, the prompt's {shapes[1]}: give both "
+                             "as embeddings of one shape, or both as texts")
         return found
 
     def _settings(self, request: JointRequest) -> list[dict[str, Any]]:
@@ -212,10 +220,12 @@ class JointPipeline(Pipeline):
         common: dict[str, Any] = {
             "ldmfast": __version__, "torch": torch.__version__, "model": self.source,
             "fingerprint": self.loaded.fingerprint, "precision": self.precision, "device": self.device.type,
+            "vae_tiling": self.vae_tiling,
             "mode": "text2img", "height": request.height, "width": request.width, "num_inference_steps": steps,
             "solver": request.table.solver, "clip_skip": request.clip_skip, "guidance_scale": request.guidance_scale,
             "timesteps": None, "sigmas": None, "guidance_rescale": 0.0, "eta": 0.0, "image": None, "mask_image": None,
-            "repeatable": request.texts is not None and request.latents is None and request.callback is None,
+            "repeatable": (request.texts is not None and request.negative_embeds is None
+                           and request.latents is None and request.callback is None),
             **request.arguments, "arguments": request.arguments}
         rows = []
         for i in range(request.pictures):
@@ -234,6 +244,8 @@ class JointPipeline(Pipeline):
                progress: bool = True) -> PipelineOutput:
         """As Pipeline.repeat."""
         check_settings(self, settings, image, mask_image)
+        if not {"arguments", "texts"} <= settings.keys():
+            raise LdmfastError("the settings lack 'arguments' or 'texts': they were not written by this pipeline")
         rows = settings.get("batch") or [settings]
         texts = {name: [row["texts"][name] for row in rows] for name in rows[0]["texts"]}
         call: Any = self  # the families' arguments are not Pipeline's

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import loras
 from ..errors import LdmfastError, ShapeError
 from ..loras.scales import as_weight
-from ..models import Model
+from ..models import Model, UNet2D, UNet2DCondition
 from ..ops._load import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -91,6 +91,9 @@ class LoraMethods:
     def _change(self, change: Callable[[loras.Stack], loras.Stack]) -> None:
         with self._changing:
             before = self.loaded
+            if not isinstance(before.unet, (UNet2D, UNet2DCondition)):  # their layers do not all take adapters
+                raise LdmfastError(f"a {type(before.unet).__name__} takes no adapters so far, only UNets do; merge the "
+                                   "LoRA into the checkpoint")
             stack = change(_stack(before))
             self.loaded = _cast(replace(before, loras=stack), stack.chosen)
 

@@ -61,6 +61,11 @@ def to_output(pixels: torch.Tensor, output_type: str) -> Any:
     return [Image.fromarray(a) for a in np.rint(array * 255).astype(np.uint8)]
 
 
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch, and ranges, as JSON knows them."""
+    return value.tolist() if hasattr(value, "tolist") else list(value)
+
+
 def save_png(image: Image.Image, path: str | os.PathLike[str], settings: dict[str, Any] | None = None) -> None:
     """Write a PNG through a temporary name, with ``settings`` as JSON in its text chunk."""
     target = Path(path)
@@ -70,7 +75,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], settings: dict[st
         raise LdmfastError(f"folder {target.parent} does not exist: create it or choose another output name")
     info = PngImagePlugin.PngInfo()
     if settings is not None:
-        info.add_itxt(_KEY, json.dumps(settings, sort_keys=True, ensure_ascii=False))
+        info.add_itxt(_KEY, json.dumps(settings, sort_keys=True, ensure_ascii=False, default=_plain))
     handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".png.part")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -26,6 +26,9 @@ def check_settings(pipe: Pipeline, settings: dict[str, Any], image: Any, mask_im
     if settings["precision"] != pipe.precision:
         raise LdmfastError(f"the picture was made with precision={settings['precision']!r}, this pipeline has "
                            f"{pipe.precision!r}: load it with the same")
+    if settings.get("vae_tiling", pipe.vae_tiling) != pipe.vae_tiling:
+        raise LdmfastError(f"the picture was made with vae_tiling={settings['vae_tiling']}: call enable_vae_tiling() "
+                           "or disable_vae_tiling() first")
     if not settings.get("repeatable", False) or settings["seed"] is None:
         raise LdmfastError("the picture cannot be repeated: its call was given latents, embeddings, a callback "
                            "or a generator whose state no seed tells")

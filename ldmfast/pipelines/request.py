@@ -14,10 +14,10 @@ from ..loras import Choice
 from ..models import DiT, PixArt
 from ..samplers import StepTable, make_table
 from .aspect_ratio import trained_size
-from .inputs import RandomSource, check_size, image_size, random_source
+from .inputs import RandomSource, check_inputs_of_callback, check_lists, check_size, image_size, random_source
 from .lora import choices
 from .prompt_weights import weigh
-from .t5_text import check_limit
+from .t5_text import T5Encoder, check_limit
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -77,8 +77,10 @@ class Request:
         mode = _mode(pipe, a["image"], a["mask_image"])
         if a["output_type"] not in OUTPUT_TYPES:
             raise LdmfastError(f"output_type={a['output_type']!r} is unknown: use one of {', '.join(OUTPUT_TYPES)}")
-        if list(a["callback_on_step_end_tensor_inputs"]) != ["latents"]:
-            raise LdmfastError("callback_on_step_end_tensor_inputs: only ['latents'] is offered")
+        check_inputs_of_callback(a["callback_on_step_end_tensor_inputs"])
+        check_lists(a)
+        if a.get("clip_skip") is not None:
+            whole("clip_skip", a["clip_skip"], 0)
         per_prompt = whole("num_images_per_prompt", a["num_images_per_prompt"], 1)
         default_scale = defaults.get("guidance_scale", 5.0 if len(pipe.loaded.text_encoders) == 2 else 7.5)
         scale = number("guidance_scale", default_scale if a["guidance_scale"] is None else a["guidance_scale"])
@@ -109,8 +111,8 @@ class Request:
             max_sequence_length=check_limit(_longest(pipe), a["max_sequence_length"]),
             pictures=pictures, per_prompt=per_prompt, height=height, width=width, asked_size=asked,
             binned=bool(a["use_resolution_binning"]), steps=_steps(pipe, a), guided=guided,
-            timesteps=None if a["timesteps"] is None else [float(t) for t in a["timesteps"]],
-            sigmas=None if a["sigmas"] is None else [float(s) for s in a["sigmas"]],
+            timesteps=a["timesteps"],
+            sigmas=a["sigmas"],
             guidance_scale=scale, guidance_rescale=rescale, eta=number("eta", a["eta"]),
             random=random_source(a["generator"], pictures), latents=a["latents"], image=a["image"],
             mask_image=a["mask_image"], strength=strength, solver=_solver(pipe, a), table=table,
@@ -171,6 +173,19 @@ def _prompts(pipe: Pipeline, a: dict[str, Any], scale: float) -> tuple[list[str]
                            "if the network is not conditioned on text")
     if prompt is not None and embeds is not None:
         raise LdmfastError("prompt and prompt_embeds were both given: give one of them")
+    if isinstance(pipe.unet, DiT) and (embeds is not None or a["negative_prompt_embeds"] is not None):
+        raise LdmfastError("the network is conditioned on classes and not on text: give class_labels alone")
+    if embeds is None and a["negative_prompt_embeds"] is not None:
+        raise LdmfastError("negative_prompt_embeds were given without prompt_embeds: give both, or negative_prompt")
+    for name in ("prompt_attention_mask", "negative_prompt_attention_mask"):
+        if a[name] is not None and (embeds is None or not isinstance(pipe.unet, PixArt)):
+            raise LdmfastError(f"{name} goes with the prompt_embeds of PixArt only: leave it out")
+    t5 = prompt is not None and isinstance(pipe.loaded.text_encoders[0], T5Encoder)
+    if a["prompt_weighting"] and (prompt is None or t5):
+        raise LdmfastError("prompt_weighting=True needs a prompt for CLIP text encoders; " +
+                           ("T5 takes the prompt as it is: leave it out" if t5 else "this call has no prompt"))
+    if a["clip_skip"] is not None and t5:
+        raise LdmfastError("clip_skip is for CLIP text encoders, this checkpoint has T5: leave it out")
     if prompt is None and embeds is None and isinstance(pipe.unet, DiT):
         return None, None, _pictures_of_labels(a)
     if prompt is None and embeds is None:
@@ -211,7 +226,14 @@ def _pictures_of_labels(a: dict[str, Any]) -> int:
     """A picture for each class label, unless num_images_per_prompt says that there are more."""
     labels = a["class_labels"]
     several = a["num_images_per_prompt"] == 1 and labels is not None
-    return max(1, torch.as_tensor(labels).numel()) if several else 1
+    return max(1, _as_labels(labels).numel()) if several else 1
+
+
+def _as_labels(labels: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(labels).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LdmfastError(f"class_labels={labels!r} are not numbers: give the number of a class, or a list") from error
 
 
 def _check_masks(pipe: Pipeline, a: dict[str, Any], scale: float) -> None:
@@ -302,7 +324,9 @@ def _class_labels(pipe: Pipeline, labels: Any, pictures: int) -> torch.Tensor | 
         if count is not None:
             raise LdmfastError(f"the network is class-conditional: give class_labels from 0 to {count - 1}")
         return None
-    tensor = torch.as_tensor(labels).reshape(-1)
+    if count is None and _config(pipe, "class_embed_type") is None:
+        raise LdmfastError("the network is not class-conditional: leave class_labels out")
+    tensor = _as_labels(labels)
     if tensor.numel() == 1:
         tensor = tensor.expand(pictures)
     if tensor.numel() != pictures:

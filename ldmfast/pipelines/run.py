@@ -89,9 +89,9 @@ def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
     latents, cancelled = sample_latents(pipe, request, *prepare())
     if not bool(torch.isfinite(latents).all()):
         request.random.restore(states)
-        networks = [("vae", pipe.vae)]
+        part, networks = next(iter(pipe.components)), [("vae", pipe.vae)]
         for one in casts:
-            networks += [("unet", one.unet),
+            networks += [(part, one.unet),
                          *((f"text_encoder{end}", e.model) for end, e in zip(("", "_2"), one.text_encoders))]
         explain_not_finite(pipe, request, networks, prepare)
     if request.output_type == "latent":

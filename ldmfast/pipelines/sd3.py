@@ -95,6 +95,8 @@ class StableDiffusion3Pipeline(JointPipeline):
         """
         a = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "__class__")}
         scale = scale_of(self, a, 7.0)
+        if skip_guidance_layers is not None and not isinstance(skip_guidance_layers, Sequence):
+            raise LdmfastError(f"skip_guidance_layers={skip_guidance_layers!r} is not a list of numbers of blocks")
         layers = () if skip_guidance_layers is None or scale <= 1 else tuple(skip_guidance_layers)
         if not all(isinstance(i, int) and 0 <= i < self.unet.config.num_layers for i in layers):
             raise LdmfastError(f"skip_guidance_layers={list(layers)} are not numbers of blocks, 0 to "
@@ -103,8 +105,8 @@ class StableDiffusion3Pipeline(JointPipeline):
         def table(height: int, width: int) -> StepTable:
             patches = (height // self.multiple) * (width // self.multiple)
             steps = None if sigmas is not None else number_of_steps(self, a)
-            found = make_table(self.schedule, solver or self.loaded.defaults.get("solver"), steps, sigmas=sigmas, mu=mu,
-                               image_seq_len=patches)
+            found = make_table(self.schedule, solver or self.loaded.defaults.get("solver"), steps, sigmas=a["sigmas"],
+                               mu=mu, image_seq_len=patches)
             return found if not layers else _with_skipping(found, scale, a)
 
         result = self.run(self.resolve(a, scale, scale > 1, table, layers))

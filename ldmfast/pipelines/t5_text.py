@@ -68,6 +68,8 @@ class T5Encoder:
                 return kept
             with torch.inference_mode():
                 states = self.model(torch.tensor([ids], device=self.model.device)).last_hidden_state[0]
+            if not bool(torch.isfinite(states).all()):
+                return states  # not kept: who looks for the first NaN has to come by here again
             self._kept[ids] = states
             size = sum(t.numel() * t.element_size() for t in self._kept.values())
             while size > _MOST_CACHED and len(self._kept) > 1:

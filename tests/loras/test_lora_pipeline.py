@@ -228,6 +228,12 @@ def test_settings_name_the_adapters(files, tmp_path):
         pipe.repeat(settings, progress=False)
 
 
+def test_two_adapters_are_summed_in_one_order(files, tmp_path):
+    """However the choice was written: JSON sorts the names of what a picture was made with."""
+    pipe = loaded(files)
+    assert torch.equal(ours(pipe, loras={"b": 0.7, "a": 0.9}), ours(pipe, loras={"a": 0.9, "b": 0.7}))
+
+
 def test_a_lora_that_turns_numbers_to_nan_is_named(files):
     """Fused or beside the weights, the finder looks into the network that ran."""
     lora = {n: make.Matrices(m.down * 1e30, m.up * 1e30, m.alpha) for n, m in files["a"][0].items()

@@ -228,3 +228,17 @@ def test_png_without_settings(ours, tmp_path, picture):
     with pytest.raises(LdmfastError, match="does not exist"):
         out.save(tmp_path / "nowhere" / "x.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.png", "photo.jpg", "plain.png"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"timesteps": 5}, "timesteps=5 is not a list of numbers"),
+    ({"sigmas": "ab"}, "sigmas='ab' is not a list of numbers"),
+    ({"clip_skip": "1"}, "clip_skip='1' is not a whole number"),
+    ({"class_labels": 3}, "not class-conditional"),
+    ({"callback_on_step_end_tensor_inputs": None}, "only .'latents'. is offered"),
+    ({"negative_prompt_embeds": torch.zeros(1, 77, 32)}, "negative_prompt_embeds were given without prompt_embeds"),
+    ({"prompt_attention_mask": torch.ones(1, 77)}, "prompt_attention_mask goes with the prompt_embeds of PixArt only"),
+], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+def test_what_a_network_has_no_use_for_is_said(ours, arguments, message):
+    with pytest.raises(LdmfastError, match=message):
+        ours("a cat", progress=False, **arguments)
