@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import mmap
 import subprocess
 import sys
 import threading
@@ -74,9 +75,10 @@ def test_growth_and_packing_are_seen(many):
     kept = []
 
     def draw(i, **_):
-        kept.append(np.ones(1 << 20, np.uint8))
+        kept.append(mmap.mmap(-1, 1 << 20))  # fresh pages, whatever the heap has free
+        kept[-1].write(b"1" * (1 << 20))
         Linear(8, 8).pack()
-        return kept[-1]
+        return np.frombuffer(kept[-1], np.uint8)
 
     found = many.random_shapes(draw, 8)
     assert found.grown_trimmed >= 8 << 20 and found.made["weights packed"] == 8 and not found.holds
