@@ -71,11 +71,6 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     return pixels.reshape(n, h * patch, w * patch, pixels.shape[-1]).permute(0, 3, 1, 2)
 
 
-def gate_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """x + gate * y for tokens x, y (N, T, C) and gate (N, C)."""
-    return torch.addcmul(x, gate[:, None], y)
-
-
 class Sinusoids(Direct):
     """Numbers (R,) -> embeddings (R, D): 256 sinusoids through two linears."""
 
@@ -169,10 +164,10 @@ class Block(Direct):
         """x: (N, T, C). rows: (6, N, C), shift, scale and gate of the attention, then of the MLP."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows.unbind()
         norm, mlp_norm = self.norms()
-        x = gate_residual(x, gate, self.attn1(norm(x, scale, shift, self.attn1.entry), bias=step.self_bias))
+        x = ops.gate_residual(x, self.attn1(norm(x, scale, shift, self.attn1.entry), bias=step.self_bias), gate)
         if prompt is not None:
             x = self.attn2(x, prompt, step.prompt_bias, x)
-        return gate_residual(x, mlp_gate, self.ff(mlp_norm(x, mlp_scale, mlp_shift, self.ff.entry)))
+        return ops.gate_residual(x, self.ff(mlp_norm(x, mlp_scale, mlp_shift, self.ff.entry)), mlp_gate)
 
 
 @dataclass(frozen=True)
