@@ -38,56 +38,77 @@ struct Outputs {
   static constexpr int L = kLanes<A>;
 
   T* to;
-  int64_t columns;           // outputs of a pixel
+  int64_t columns;           // outputs of a position
   std::vector<A> shift;      // for each output, as many as the panels have; the same for scale and correction
   std::vector<A> scale;      // empty: 1
   std::vector<int32_t> correction = {};  // taken off integer sums
   const T* residual = nullptr;
-  int64_t residual_pixel = 0;  // its distance from one pixel to the next
+  int64_t residual_row = 0;  // its distance from one position to the next
 
-  void add(const T* numbers, int64_t pixel) {
+  void add(const T* numbers, int64_t row) {
     residual = numbers;
-    residual_pixel = pixel;
+    residual_row = row;
   }
 
-  V value(const Sum* c, int64_t column) const {
-    V v;
-    if constexpr (std::is_same_v<Sum, int32_t>) {
-      int32_t whole[L];
-      for (int i = 0; i < L; ++i) whole[i] = c[i] - correction[size_t(column + i)];
-      for (int i = 0; i < L; ++i) v[i] = A(whole[i]);
-    } else {
-      v = load(c);
-    }
-    if (!scale.empty()) v *= load(scale.data() + column);
-    return v + load(shift.data() + column);
-  }
+  // The parameters of 32 outputs.
+  struct Values {
+    const A *shift, *scale;
+    const int32_t* correction;
 
-  // Rows lie far apart, so that no hardware prefetches them.
-  void prefetch(int64_t pixel, int64_t column) const {
-    __builtin_prefetch(to + pixel * columns + column, 1);
-    if (residual != nullptr) __builtin_prefetch(residual + pixel * residual_pixel + column);
-  }
-
-  void row(const Sum* c, int64_t pixel, int64_t column) const {
-    const int64_t here = std::min<int64_t>(kOutputs, columns - column);
-    T* const y = to + pixel * columns + column;
-    const T* const r = residual == nullptr ? nullptr : residual + pixel * residual_pixel + column;
-    int j = 0;
-    for (; j + 2 * L <= here; j += 2 * L) {
-      V a = value(c + j, column + j), b = value(c + j + L, column + j + L);
-      if (r != nullptr) {
-        a += load(r + j);
-        b += load(r + j + L);
+    V of(const Sum* c, int64_t column) const {
+      V v;
+      if constexpr (std::is_same_v<Sum, int32_t>) {
+        int32_t whole[L];
+        for (int i = 0; i < L; ++i) whole[i] = c[column + i] - correction[column + i];
+        for (int i = 0; i < L; ++i) v[i] = A(whole[i]);
+      } else {
+        v = load(c + column);
       }
-      store_two(y + j, a, b);
+      if (scale != nullptr) v *= load(scale + column);
+      return v + load(shift + column);
     }
-    for (; j < here; j += L) {
-      const int some = int(std::min<int64_t>(L, here - j));
-      V a = value(c + j, column + j);
-      if (r != nullptr) a += load(r + j, some);
-      store(y + j, a, some);
+  };
+  Values values(int64_t column) const {
+    return {shift.data() + column, scale.empty() ? nullptr : scale.data() + column,
+            correction.empty() ? nullptr : correction.data() + column};
+  }
+
+  struct Panel {
+    T* y;
+    const T* residual;
+    int64_t y_row, residual_row;
+    int count;  // outputs that there are
+    Values values;
+
+    // Rows lie far apart, so that no hardware prefetches them.
+    void prefetch(int64_t position) const {
+      __builtin_prefetch(y + position * y_row, 1);
+      if (residual != nullptr) __builtin_prefetch(residual + position * residual_row);
     }
+
+    void row(const Sum* c, int64_t position) const {
+      T* const to = y + position * y_row;
+      const T* const r = residual == nullptr ? nullptr : residual + position * residual_row;
+      int j = 0;
+      for (; j + 2 * L <= count; j += 2 * L) {
+        V a = values.of(c, j), b = values.of(c, j + L);
+        if (r != nullptr) {
+          a += load(r + j);
+          b += load(r + j + L);
+        }
+        store_two(to + j, a, b);
+      }
+      for (; j < count; j += L) {
+        const int some = std::min(L, count - j);
+        V a = values.of(c, j);
+        if (r != nullptr) a += load(r + j, some);
+        store(to + j, a, some);
+      }
+    }
+  };
+  Panel panel(int64_t first, int64_t column) const {
+    return {to + first * columns + column, residual == nullptr ? nullptr : residual + first * residual_row + column,
+            columns, residual_row, int(std::min<int64_t>(kOutputs, columns - column)), values(column)};
   }
 };
 
@@ -101,18 +122,27 @@ struct GatedOutputs {
   T* to;
   int64_t columns;
 
-  void prefetch(int64_t pixel, int64_t column) const { __builtin_prefetch(to + pixel * columns + column / 2, 1); }
-  void row(const Sum* c, int64_t pixel, int64_t column) const {
-    T* const y = to + pixel * columns + column / 2;
-    const int64_t here = std::min<int64_t>(kTile, columns - column / 2);
-    for (int j = 0; j < here; j += L) {
-      const V value = both.value(c + j, column + j), gate = both.value(c + kTile + j, column + kTile + j);
-      const V out = value * gelu_of<T>(gate);
-      if (here - j >= L)
-        store_one(y + j, out);
-      else
-        store(y + j, out, int(here - j));
+  struct Panel {
+    T* y;
+    int64_t y_row;
+    int count;
+    typename Outputs<Sum, T>::Values values;
+
+    void prefetch(int64_t position) const { __builtin_prefetch(y + position * y_row, 1); }
+    void row(const Sum* c, int64_t position) const {
+      T* const to = y + position * y_row;
+      for (int j = 0; j < count; j += L) {
+        const V out = values.of(c, j) * gelu_of<T>(values.of(c, kTile + j));
+        if (count - j >= L)
+          store_one(to + j, out);
+        else
+          store(to + j, out, count - j);
+      }
     }
+  };
+  Panel panel(int64_t first, int64_t column) const {
+    return {to + first * columns + column / 2, columns, int(std::min<int64_t>(kTile, columns - column / 2)),
+            both.values(column)};
   }
 };
 

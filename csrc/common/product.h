@@ -166,6 +166,7 @@ struct TileBlocks {
                    const Fn& meanwhile) {
     const int64_t row = w.row * int64_t(sizeof(In)), apart = second - first;
     Sum* const below = c + kTile * kOutputs;
+    int steps = 0;
     begin<0>(c, add);
     if constexpr (!narrow) begin<1>(c + kTile, add);
     if constexpr (two) begin<2>(below, add);
@@ -185,6 +186,8 @@ struct TileBlocks {
           dot<2, 5, 6>();
           if constexpr (!narrow) dot<3, 5, 7>();
         }
+        // a store that comes after 750 ns without one takes 250 ns: this one, of no use, keeps its unit awake
+        if ((++steps & 15) == 0) Amx::store_tile<6>(c, kOutputs * 4);
         meanwhile();
       }
     Amx::store_tile<0>(c, kOutputs * 4);
@@ -351,7 +354,8 @@ struct Packer {
 
 // ---- the whole ----
 
-constexpr int64_t kCached = int64_t(896) << 10;  // bytes of packed input: with a panel of weights half of a 2 MB L2
+// Of a 2 MB L2: the packed input; and with it the weights of one panel and of the next, which are fetched meanwhile.
+constexpr int64_t kCached = int64_t(704) << 10, kCachedAll = 1900000;
 
 // How a product is cut: `rows` of output at a time, `chunks` of channels at a time, panels in `parts`.
 struct Cut {
@@ -385,38 +389,19 @@ struct Cut {
   }
 };
 
-// What the sums become: put.row(sums, output pixel, first output) for 32 sums of one position, put.prefetch(...) of the
-// same before they are made.
+// The rows of a block of sums that wait to be put away, some at a time beside the next block's sums. put.panel(first
+// position, first output) says where to, its row(sums, position) takes 32 sums.
 template <class P, class Put>
-class Pending {
- public:
+struct Pending {
   typedef typename P::Sum Sum;
-  explicit Pending(const Put& put) : put_(put) {}
-  void add(const Sum* sums, const int32_t* pixels, int count, int64_t first, int64_t output) {
-    sums_ = sums;
-    pixel_ = pixels;
-    end_ = pixels + count;
-    first_ = first;
-    output_ = output;
-  }
-  // A part of the rows: all of them in `turns` calls.
-  void some(int turns) {
-    for (int n = (kPositions + turns - 1) / turns; n > 0 && pixel_ != end_; --n) one();
-  }
-  void rest() {
-    while (pixel_ != end_) one();
-  }
+  typename Put::Panel panel = {};
+  const Sum* sums = nullptr;
+  const int32_t *position = nullptr, *end = nullptr;
 
- private:
-  void one() {
-    if (*pixel_ >= 0) put_.row(sums_, first_ + *pixel_, output_);
-    ++pixel_;
-    sums_ += kOutputs;
+  void some(int rows) {
+    for (; rows > 0 && position != end; --rows, ++position, sums += kOutputs)
+      if (*position >= 0) panel.row(sums, *position);
   }
-  const Put& put_;
-  const Sum* sums_ = nullptr;
-  const int32_t *pixel_ = nullptr, *end_ = nullptr;
-  int64_t first_ = 0, output_ = 0;
 };
 
 template <class P, class Source, class Put>
@@ -452,7 +437,7 @@ inline void product(const Convolution& c, const Source& source, const typename P
         input = workspace.take<In>(std::min(cut.chunks, chunks) * strip.pixels * depth);
         sums = workspace.take<Sum>((whole ? 2 : pairs * (last - first)) * block_size);
       });
-      Pending<P, Put> pending(put);
+      Pending<P, Put> pending;
       for (int64_t k = 0; k < chunks || k == 0; k += cut.chunks) {
         const int64_t some = std::min(cut.chunks, chunks - k);
         Packer<P, Source>{c, source, outside, k * depth, some, strip.pixels}(begin, end, input);
@@ -466,13 +451,22 @@ inline void product(const Convolution& c, const Source& source, const typename P
           const int32_t* const pixels = strip.out.data() + t * kTile;
           const int count = int(std::min<int64_t>(2, tiles - t)) * kTile;
           const bool done = k + some >= chunks;
+          const auto panel_put = put.panel(begin * c.out_w(), output);
           if (done)
             for (int i = 0; i < count; ++i)
-              if (pixels[i] >= 0) put.prefetch(begin * c.out_w() + pixels[i], output);
-          Blocks<P>::block(a, b, window, weight + panel * panel_size + k * taps * 2 * kTileSize<P>, some, at, k > 0,
-                           c.outputs - output <= kTile, [&] { pending.some(turns); });
-          pending.rest();
-          if (done) pending.add(at, pixels, count, begin * c.out_w(), output);
+              if (pixels[i] >= 0) panel_put.prefetch(pixels[i]);
+          const typename P::Weight* const w = weight + panel * panel_size + k * taps * 2 * kTileSize<P>;
+          const int64_t bytes = turns * 2 * kTileSize<P> * int64_t(sizeof(*w));
+          const char* ahead = reinterpret_cast<const char*>(w + panel_size) + bytes * pair / pairs / 64 * 64;
+          const bool fits = panel + 1 < last && 2 * bytes + some * strip.pixels * kPixel<P> <= kCachedAll;
+          const int64_t lines = fits ? (bytes / pairs / 64 + turns - 1) / turns : 0;
+          const int rows = (kPositions + turns - 1) / turns;
+          Blocks<P>::block(a, b, window, w, some, at, k > 0, c.outputs - output <= kTile, [&] {
+            for (int64_t i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+            pending.some(rows);
+          });
+          pending.some(kPositions);
+          if (done) pending = {panel_put, at, pixels, pixels + count};
         };
         if (taps == 1 && some * kPixel<P> * kPositions <= 24576) {  // the input's block stays in L1
           for (int64_t pair = 0; pair < pairs; ++pair)
@@ -482,7 +476,7 @@ inline void product(const Convolution& c, const Source& source, const typename P
             for (int64_t pair = 0; pair < pairs; ++pair) block(panel, pair);
         }
       }
-      pending.rest();
+      pending.some(kPositions);
       workspace.shrink();
     }
   });
