@@ -112,3 +112,17 @@ def test_photographs(name, results, example, tmp_path, monkeypatch):
         pasted, mask = sheet[:, 192:], sheet[:, 64:128] > 0
         assert np.array_equal(pasted[~mask], np.asarray(photo)[~mask]) and (pasted != np.asarray(photo))[mask].any()
     assert (tmp_path / "out" / "flower-sheet.png").exists()
+
+
+@pytest.mark.parametrize("name, arguments", [
+    ("joint_features", ["--steps", "2"]), ("multi_stage", ["--steps", "2", "--stages", "3"]),
+    ("interpolants", ["--steps", "100", "--diffusion", "1.0"])])
+def test_samplers(example, monkeypatch, capsys, name: str, arguments: list[str]) -> None:
+    """They run; the interpolant's ends have the width that its laws have."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    example(name).main()
+    lines = capsys.readouterr().out.splitlines()
+    if name == "interpolants":
+        assert len(lines) == 2 and all(abs(float(line.split(": ")[1].split()[0]) - 0.2) < 0.03 for line in lines)
+    else:
+        assert lines and all(0.1 < float(line.rsplit(maxsplit=1)[1]) < 10 for line in lines)

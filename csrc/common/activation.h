@@ -104,6 +104,12 @@ inline D gelu_tanh_of(D y) {
     y[i] = 0.5 * y[i] * (1 + std::tanh(0.79788456080286535588 * (y[i] + 0.044715 * y[i] * y[i] * y[i])));
   return y;
 }
+struct GeluTanh {
+  template <class T, class V>
+  V operator()(T, V y) const {
+    return gelu_tanh_of<T>(y);
+  }
+};
 
 // One row: d values, then d gates; each value times the activation of its gate.
 template <class T, class Activation, class Put>

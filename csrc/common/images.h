@@ -34,17 +34,4 @@ inline Tensor empty_image(const Tensor& x, const Convolution& c, int32_t dtype) 
   return empty_strided(x, sizes, strides_in(sizes, channels_last(4)), dtype);
 }
 
-// What becomes of sums of codes, (code - zero) * scale, times int8 weights: numbers of y, an image.
-template <class T>
-inline Outputs<int32_t, T> outputs_of_codes(const Tensor& y, const Tensor& weight_scale, const Tensor& weight_sums,
-                                            const OptionalTensor& bias, float scale, int32_t zero) {
-  const int64_t outputs = y.size(1);
-  Outputs<int32_t, T> put{mutable_data<T>(y), outputs, for_panels<Acc<T>>(bias, outputs, 0),
-                          for_panels<Acc<T>>(weight_scale, outputs, 0)};
-  for (Acc<T>& s : put.scale) s *= Acc<T>(scale);
-  put.correction.assign(put.scale.size(), 0);
-  for (int64_t i = 0; i < outputs; ++i) put.correction[size_t(i)] = zero * data<int32_t>(weight_sums)[i];
-  return put;
-}
-
 }  // namespace LDMFAST_LEVEL_NAMESPACE

@@ -1,4 +1,4 @@
-// What becomes of a block of sums: out = sum * scale + shift (+ residual), rounded to the output's type.
+// What becomes of a block of sums: out = activation(sum * scale + shift) (+ residual), rounded to the output's type.
 #pragma once
 
 #include "activation.h"
@@ -31,7 +31,14 @@ inline void store_two(T* p, Vector<Acc<T>> a, Vector<Acc<T>> b) {
   store(p + kLanes<Acc<T>>, b);
 }
 
-template <class Sum, class T>
+struct Identity {
+  template <class T, class V>
+  V operator()(T, V v) const {
+    return v;
+  }
+};
+
+template <class Sum, class T, class Activation = Identity>
 struct Outputs {
   typedef Acc<T> A;
   typedef Vector<A> V;
@@ -65,7 +72,7 @@ struct Outputs {
         v = load(c + column);
       }
       if (scale != nullptr) v *= load(scale + column);
-      return v + load(shift + column);
+      return Activation{}(T{}, v + load(shift + column));
     }
   };
   Values values(int64_t column) const {
@@ -173,7 +180,20 @@ inline std::vector<A> for_panels(const OptionalTensor& p, int64_t outputs, A abs
   return out;
 }
 
-// The same for values and gates, half of the numbers each, in the order of GatedOutputs.
+// What becomes of sums of codes, (code - zero) * scale, times int8 weights: numbers of y, `outputs` in a row.
+template <class T, class Activation = Identity>
+inline Outputs<int32_t, T, Activation> outputs_of_codes(const Tensor& y, int64_t outputs, const Tensor& weight_scale,
+                                                        const Tensor& weight_sums, const OptionalTensor& bias,
+                                                        float scale, int32_t zero) {
+  Outputs<int32_t, T, Activation> put{mutable_data<T>(y), outputs, for_panels<Acc<T>>(bias, outputs, 0),
+                                      for_panels<Acc<T>>(weight_scale, outputs, 0)};
+  for (Acc<T>& s : put.scale) s *= Acc<T>(scale);
+  put.correction.assign(put.scale.size(), 0);
+  for (int64_t i = 0; i < outputs; ++i) put.correction[size_t(i)] = zero * data<int32_t>(weight_sums)[i];
+  return put;
+}
+
+// for_panels for values and gates, half of the numbers each, in the order of GatedOutputs.
 template <class A>
 inline std::vector<A> for_gated_panels(const OptionalTensor& p, int64_t columns) {
   const std::vector<A> plain = parameters<A>(p, 1, 2 * columns, A(0));

@@ -15,7 +15,7 @@ Tensor conv2d_q8(const Tensor& q, const Tensor& scale, const Tensor& zero_point,
   const int32_t zero = *data<int32_t>(zero_point);
   dispatch(y, [&](auto tag) {
     using T = decltype(tag);
-    auto put = outputs_of_codes<T>(y, weight_scale, weight_sums, bias, *data<float>(scale), zero);
+    auto put = outputs_of_codes<T>(y, y.size(1), weight_scale, weight_sums, bias, *data<float>(scale), zero);
     if (residual.has_value()) put.add(data<T>(more), out_channels);
     return product<Codes8>(c, Copied<uint8_t>{data<uint8_t>(image)}, data<int8_t>(weight), uint8_t(zero), put), 0;
   });

@@ -3,16 +3,6 @@
 #include "common/stable.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
-namespace {
-
-struct GeluTanh {
-  template <class T, class V>
-  V operator()(T, V gate) const {
-    return gelu_tanh_of<T>(gate);
-  }
-};
-
-}  // namespace
 
 Tensor geglu_tanh(const Tensor& x) { return gated<GeluTanh>(x); }
 

@@ -20,7 +20,7 @@ Tensor norm_conv2d_q8(const Tensor& x, const OptionalTensor& shift, int64_t num_
     const auto norm = normalisation<T>(image, shape_of(x, num_groups), true, shift, norm_weight, norm_bias, eps);
     const auto f = norm.template affine<true>();
     const Coder<Acc<T>> coder(range_of(f, silu));
-    auto put = outputs_of_codes<T>(y, weight_scale, weight_sums, bias, coder.scale, coder.zero_point);
+    auto put = outputs_of_codes<T>(y, y.size(1), weight_scale, weight_sums, bias, coder.scale, coder.zero_point);
     if (residual.has_value()) put.add(data<T>(more), out_channels);
     normalised_product<Codes8>(c, data<T>(image), f, silu, data<int8_t>(weight), uint8_t(coder.zero_point),
                                [&](uint8_t* to) { return Encoded<T>{to, coder}; }, put);

@@ -1,13 +1,13 @@
 """Linear, GatedLinear and Conv2d: matrix products are the library's, oneDNN's on a CPU, cuBLAS's and cuDNN's elsewhere;
-but on a CPU with tiles (AMX) convolutions and GEGLU's linear in bf16 and 8 bits are our own, which are faster there:
-ops.conv2d, ops.linear_geglu and their q8 forms.
+but on a CPU with tiles (AMX) convolutions, linears with many inputs and those with GEGLU or GELU in bf16 and 8 bits are
+our own, which are faster there: ops.conv2d, ops.linear_geglu, ops.linear_gelu_tanh and their q8 forms.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +55,11 @@ def packable(weight: Tensor) -> bool:
     return _onednn(weight) and not weight.is_mkldnn and weight.numel() > 0
 
 
-def _packs_own(weight: Tensor) -> bool:
-    """Whether a plain weight of a GatedLinear or Conv2d takes the order of our own products."""
+def _packs_own(weight: Tensor, inputs: int = 1) -> bool:
+    """Whether a plain weight takes the order of our own products: that of a GatedLinear or Conv2d, or of a Linear with
+    at least as many ``inputs``."""
     return (OWN and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.numel() > 0
-            and weight.ndim in (2, 4))
+            and not weight.is_mkldnn and weight.ndim in (2, 4) and weight.shape[1] >= inputs)
 
 
 def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +92,8 @@ class Int8Weight(nn.Module):
         self.shape = tuple(values.shape)
         self.gated = isinstance(layer, GatedLinear)
         conv = layer if isinstance(layer, Conv2d) else None
-        self.own = OWN and (conv is not None or self.gated) and values.device.type == "cpu" and values.numel() > 0
+        inputs = layer.own_inputs[torch.int8] if isinstance(layer, Linear) else 1
+        self.own = OWN and values.device.type == "cpu" and values.numel() > 0 and values.shape[1] >= inputs
         self.packed = ONEDNN_INT8 and not self.own and values.device.type == "cpu"
         self.layout: Packed | None = None
         # what a zero point of 1 adds to each output
@@ -121,7 +123,7 @@ class Int8Weight(nn.Module):
         if self.own and self.gated:
             values = plain_weight(values, self.shape[0] // 2, self.shape[1])
         elif self.own:
-            values = image_weight(values, *self.shape[:2])
+            values = image_weight(values, *self.shape[:2]).reshape(self.shape)
         return (values.float() * self.scale.view(-1, *[1] * (values.ndim - 1))).to(dtype)
 
 
@@ -129,8 +131,35 @@ def _float(x: Quantized, dtype: torch.dtype) -> Tensor:
     return ((x.values.float() - x.zero_point) * x.scale).to(dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """x W^T + b (+ residual). weight: plain, or packed by Linear."""
+def _column(x: Tensor) -> Tensor:
+    """Rows (..., C) as an image (1, C, rows, 1), channels-last, which is how our own products read them."""
+    return x.reshape(1, x.shape[:-1].numel(), 1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def pack_linear(weight: Tensor, inputs: int) -> Tensor:
+    """A plain weight (out, in) in the order of the product that takes it: our own if it has at least ``inputs``."""
+    weight = weight.detach()
+    if _packs_own(weight, inputs):
+        return ops.pack_weight(weight)
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None) if packable(weight) else weight
+
+
+def plain_linear(weight: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The weight (out, in) that pack_linear was given."""
+    weight = weight.detach()
+    if weight.ndim == 7:
+        return image_weight(weight, *shape).flatten(1)
+    return weight.to_dense() if weight.is_mkldnn else weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, outputs: int = 0) -> Tensor:
+    """x W^T + b (+ residual). weight: plain, or from pack_linear, for ``outputs`` outputs."""
+    if weight.ndim == 7:
+        if x.numel() == 0:
+            return x.new_zeros(*x.shape[:-1], outputs)
+        more = None if residual is None else _column(residual)
+        y = ops.conv2d(_column(x), weight, bias, more, out_channels=outputs, kernel=1, padding=0)
+        return y.permute(0, 2, 3, 1).view(*x.shape[:-1], outputs)
     if not _onednn(x):
         out = F.linear(x, weight, bias)
         return out if residual is None else out.add_(residual)
@@ -145,6 +174,8 @@ class Linear(Direct, nn.Linear):
     int8: Int8Weight | None
     border = 0
     lora: Any = None  # a loras.Side: (x, residual) -> residual with what adapters add to it
+    # inputs from which our own product is faster (docs/performance.md, "Transformers")
+    own_inputs: ClassVar[dict[torch.dtype, int]] = {torch.bfloat16: 4096, torch.int8: 3072}
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)
@@ -161,12 +192,17 @@ class Linear(Direct, nn.Linear):
         if self.int8 is not None:
             return self._int8(self.int8, x, residual)
         assert isinstance(x, Tensor)
-        return linear(x, self.weight, self.bias, residual)
+        return linear(x, self.weight, self.bias, residual, self.out_features)
 
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None) -> Tensor:
         if isinstance(x, Tensor):
             x = Quantized(*ops.quantize(x))
         dtype = torch.bfloat16 if residual is None else residual.dtype
+        if w.own and x.values.numel() > 0:
+            more = None if residual is None else _column(residual)
+            y = ops.conv2d_q8(_column(x.values), x.scale, x.zero_point, w.values, w.scale, w.sums, w.bias, more,
+                              out_channels=w.shape[0], kernel=1, padding=0)
+            return y.permute(0, 2, 3, 1).view(*x.values.shape[:-1], w.shape[0])
         if not w.packed:
             out = F.linear(_float(x, torch.float32), w.dense(torch.float32), w.bias).to(dtype)
             return out if residual is None else out.add_(residual)
@@ -181,14 +217,19 @@ class Linear(Direct, nn.Linear):
                                "none", [], "")
 
     def pack(self) -> None:
-        """Brings the weight into oneDNN's layout, once; the plain one is let go."""
-        if self.int8 is None and packable(self.weight):
-            self.weight = _fixed(torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None))
+        """Brings the weight into the layout of its product, once; the plain one is let go."""
+        inputs = self.own_inputs[torch.bfloat16]
+        if self.int8 is None and not self.own and (packable(self.weight) or _packs_own(self.weight, inputs)):
+            self.weight = _fixed(pack_linear(self.weight, inputs))
+
+    @property
+    def own(self) -> bool:
+        """Whether ``weight`` is packed for a product of our own."""
+        return self.weight is not None and self.weight.ndim == 7
 
     def dense(self) -> Tensor:
         """The weight (out, in), plain again if it was packed."""
-        weight = self.weight.detach()
-        return weight.to_dense() if weight.is_mkldnn else weight
+        return plain_linear(self.weight, (self.out_features, self.in_features))
 
     def quantize(self, values: Tensor | None = None, scale: Tensor | None = None, keep: bool = False) -> None:
         """Turns into a W8A8 layer: of its own plain weight, or of stored values and scales. keep: the weight stays,
@@ -213,6 +254,8 @@ class Linear(Direct, nn.Linear):
 class GatedLinear(Linear):
     """GEGLU of a linear: of its outputs x W^T + b the first half times GELU of the second (Shazeer 2020)."""
 
+    own_inputs: ClassVar[dict[torch.dtype, int]] = {torch.bfloat16: 1, torch.int8: 1}
+
     def forward(self, x: Tensor | Quantized, *, codes: bool = False) -> Tensor | Quantized:  # type: ignore[override]
         """x: (..., in) -> (..., out_features / 2). codes: 8 bits, where the layer that follows takes them and they cost
         less than it would pay itself."""
@@ -228,11 +271,6 @@ class GatedLinear(Linear):
             return ops.linear_geglu(x, self.weight, self.bias, out_features=inner)
         y = super().forward(x)
         return Quantized(*ops.geglu_q8(y)) if codes else ops.geglu(y)
-
-    @property
-    def own(self) -> bool:
-        """Whether ``weight`` is packed for ops.linear_geglu."""
-        return self.weight is not None and self.weight.ndim == 7
 
     def pack(self) -> None:
         weight = self.weight.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,17 @@ from .gemm import Int8Weight, Linear, Quantized
 
 
 class GeluLinear(Linear):
-    """GELU, in its tanh form (Hendrycks and Gimpel 2016, section 2), of x W^T + b, inside oneDNN's product."""
+    """GELU, in its tanh form (Hendrycks and Gimpel 2016, section 2), of x W^T + b, inside the product."""
+
+    own_inputs: ClassVar[dict[torch.dtype, int]] = {torch.bfloat16: 1, torch.int8: 1}
 
     def forward(self, x: Tensor | Quantized, residual: None = None) -> Tensor:  # type: ignore[override]
         """x: (..., in), floating, or 8-bit for a layer with ``int8`` -> (..., out)."""
         if self.int8 is not None:
             return self._int8(self.int8, x, None)
         assert isinstance(x, Tensor)
+        if self.own:
+            return ops.linear_gelu_tanh(x, self.weight, self.bias, out_features=self.out_features)
         if not gemm._onednn(x):
             return F.gelu(F.linear(x, self.weight, self.bias), approximate="tanh")
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
@@ -28,6 +32,8 @@ class GeluLinear(Linear):
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None) -> Tensor:
         if isinstance(x, Tensor):
             x = Quantized(*ops.quantize(x))
+        if w.own:
+            return ops.linear_gelu_tanh_q8(*x, w.values, w.scale, w.sums, w.bias, out_features=self.out_features)
         if not w.packed or x.values.numel() == 0:
             return F.gelu(super()._int8(w, x, None), approximate="tanh")
         kind = torch.bfloat16 if gemm._WRITES_BF16 else torch.float32
@@ -63,14 +69,15 @@ class SplitLinear(Linear):
             return self._int8(pair.rest, second, self._int8(pair.first, first, None))
         if self.rest is None:
             return super().forward(torch.cat([first, second], dim=-1))
-        out = torch.ops.mkldnn._linear_pointwise(first, self.weight, self.bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(second, out, self.rest, None, "add")
+        out = gemm.linear(first, self.weight, self.bias, None, self.out_features)
+        return gemm.linear(second, self.rest, None, out, self.out_features)
 
     def pack(self) -> None:
         if self.rest is not None or not gemm.packable(self.weight):
             return
-        parts = [part.contiguous() for part in self._split(self.weight.detach())]
-        self.weight, self.rest = (gemm._fixed(torch.ops.mkldnn._reorder_linear_weight(p, None)) for p in parts)
+        inputs = self.own_inputs[torch.bfloat16]
+        parts = [gemm.pack_linear(part.contiguous(), inputs) for part in self._split(self.weight.detach())]
+        self.weight, self.rest = (gemm._fixed(part) for part in parts)
 
     def _split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight[:, :self.out_features], weight[:, self.out_features:]
@@ -78,7 +85,9 @@ class SplitLinear(Linear):
     def dense(self) -> Tensor:
         if self.rest is None:
             return super().dense()
-        return torch.cat([super().dense(), self.rest.detach().to_dense()], dim=1)
+        out, wide = self.out_features, self.in_features
+        return torch.cat([gemm.plain_linear(self.weight, (out, out)), gemm.plain_linear(self.rest, (out, wide - out))],
+                         dim=1)
 
     def quantize(self, values: Tensor | None = None, scale: Tensor | None = None, keep: bool = False) -> None:
         if values is None or scale is None:

@@ -17,7 +17,7 @@ from .dit import check_sizes
 from .gemm import Linear
 from .layers import by_rows
 from .single_file import FromSingleFile
-from .transformer_blocks import Block, LayerNorm, PatchEmbed, Sinusoids, TransformerState, unpatchify
+from .transformer_blocks import Block, LayerNorm, PatchEmbed, Sinusoids, Span, TransformerState, unpatchify
 from .unet_state import as_list, mask_bias
 
 
@@ -146,8 +146,11 @@ class PixArt(FromSingleFile, Model):
         if prompt is None and mask is not None:
             raise ShapeError("encoder_attention_mask was given to a model without prompts; leave it out")
         batch: int | None = None if prompt is None else len(prompt)
+        spans: tuple[Span, ...] = ()
         if prompt is not None and mask is not None:
             prompt, mask = _without_hidden_end(prompt, mask)
+            spans = _spans(mask)
+            mask = None if spans else mask
         micro, which = self._micro(added_cond_kwargs, batch)
         batch = len(which) if batch is None and which is not None else batch
         t = torch.tensor(times, dtype=torch.float64, device=self.device)
@@ -163,7 +166,7 @@ class PixArt(FromSingleFile, Model):
             {x: i for i, x in enumerate(times)}, which,
             rows.view(*shape, 6, self.config.channels).transpose(1, 2)[:, None], last,
             () if prompt is None else tuple(b.attn2.keys_values(prompt) for b in blocks),
-            self._bias("encoder_attention_mask", mask, batch), batch)
+            self._bias("encoder_attention_mask", mask, batch), batch, spans=spans)
 
     @torch.no_grad()
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor | None = None, *,
@@ -242,3 +245,21 @@ def _without_hidden_end(prompt: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return prompt, mask
     end = int((mask > 0).any(0).nonzero().max()) + 1
     return prompt[:, :end], mask[:, :end]
+
+
+def _spans(mask: Tensor) -> tuple[Span, ...]:
+    """Neighbouring pictures that see equally many tokens, if every row of the mask (N, T) is ones and then zeros; ()
+    for any other mask."""
+    seen = mask > 0
+    ends = seen.sum(1)
+    if mask.ndim != 2 or not bool((mask == (torch.arange(mask.shape[1], device=mask.device) < ends[:, None])).all()):
+        return ()
+    spans: list[Span] = []
+    for i, tokens in enumerate(ends.tolist()):
+        if tokens < 1:
+            return ()
+        if spans and spans[-1].tokens == tokens:
+            spans[-1] = spans[-1]._replace(end=i + 1)
+        else:
+            spans.append(Span(i, i + 1, int(tokens)))
+    return tuple(spans)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class PatchEmbed(Direct):
     def forward(self, sample: Tensor) -> Tensor:
         h, w = self.grid(sample)
         tokens = as_tokens(self.proj(channels_last(sample)))
-        return (tokens + sincos_2d(tokens.shape[2], h, w, self.base, self.scale, tokens.device)).to(tokens.dtype)
+        return tokens.add_(sincos_2d(tokens.shape[2], h, w, self.base, self.scale, tokens.device))
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
@@ -130,16 +130,25 @@ class MLP(Direct):
         return last(inner if isinstance(first, GeluLinear) else nn.functional.gelu(inner))
 
 
+class Span(NamedTuple):
+    """Pictures [first, end) see the first ``tokens`` tokens of their prompts."""
+
+    first: int
+    end: int
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Step:
     """What one evaluation takes from the state. rows: (blocks or 1, 6, N, C), last: (2, N, C) shift and scale of the
-    last norm."""
+    last norm. spans: as in TransformerState."""
 
     rows: Tensor
     last: Tensor
     prompts: tuple[KeysValues, ...] = ()
     prompt_bias: Tensor | None = None
     self_bias: Tensor | None = None
+    spans: tuple[Span, ...] = ()
 
 
 class Block(Direct):
@@ -166,8 +175,22 @@ class Block(Direct):
         norm, mlp_norm = self.norms()
         x = ops.gate_residual(x, self.attn1(norm(x, scale, shift, self.attn1.entry), bias=step.self_bias), gate)
         if prompt is not None:
-            x = self.attn2(x, prompt, step.prompt_bias, x)
+            x = self._see(x, prompt, step)
         return ops.gate_residual(x, self.ff(mlp_norm(x, mlp_scale, mlp_shift, self.ff.entry)), mlp_gate)
+
+
+    def _see(self, x: Tensor, prompt: KeysValues, step: Step) -> Tensor:
+        """x plus its attention to the prompt. Overwrites x where the pictures see prompts of different lengths."""
+        if len(step.spans) < 2:
+            return self.attn2(x, prompt, step.prompt_bias, x)
+        to_out, = self.attn2.to_out
+        for first, end, tokens in step.spans:
+            some, (k, v) = x[first:end], (part[first:end, :tokens] for part in prompt)
+            if tokens == 1:  # whose weight is 1, whatever the query: an empty prompt is one token of T5
+                some.add_(to_out(v.flatten(2)))
+            else:
+                some.copy_(self.attn2(some, (k, v), None, some))
+        return x
 
 
 @dataclass(frozen=True)
@@ -177,7 +200,8 @@ class TransformerState:
     times: timestep -> its number. which: (pictures,) int, the condition of each picture, or None where all have the
     same. rows: (timesteps, blocks or 1, 6, conditions, C) shift, scale and gate of attention and MLP. last: (timesteps,
     2, conditions, C) shift and scale of the last norm. batch: the number of pictures the conditions were given for, or
-    None. A state that would be too large has no ``rows``: ``at`` then makes those of one timestep.
+    None. spans: which pictures see how many tokens of the prompts, where masks only hide their ends; there is no
+    prompt_bias then. A state that would be too large has no ``rows``: ``at`` then makes those of one timestep.
     """
 
     times: dict[float, int]
@@ -188,6 +212,7 @@ class TransformerState:
     prompt_bias: Tensor | None = None
     batch: int | None = None
     at: Callable[[int], Tensor] | None = None
+    spans: tuple[Span, ...] = ()
 
     def step(self, timestep: Tensor | float, pictures: int, self_bias: Tensor | None = None) -> Step:
         """The part for one evaluation. timestep: number, or tensor () or (pictures,).
@@ -208,7 +233,7 @@ class TransformerState:
             made = {n: self._rows(n) for n in set(numbers)}
             rows = torch.stack([made[n][:, :, i] for n, i in zip(numbers, which)], dim=2)
             last = torch.stack([self.last[n][:, i] for n, i in zip(numbers, which)], dim=1)
-        return Step(rows, last, self.prompts, self.prompt_bias, self_bias)
+        return Step(rows, last, self.prompts, self.prompt_bias, self_bias, self.spans)
 
     def _rows(self, number: int) -> Tensor:
         if self.rows is not None:

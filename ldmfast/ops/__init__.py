@@ -20,6 +20,8 @@ from .layer_norm_modulate_q8 import layer_norm_modulate_q8
 from .lincomb import lincomb
 from .linear_geglu import linear_geglu
 from .linear_geglu_q8 import linear_geglu_q8
+from .linear_gelu_tanh import linear_gelu_tanh
+from .linear_gelu_tanh_q8 import linear_gelu_tanh_q8
 from .norm_conv2d import norm_conv2d
 from .norm_conv2d_q8 import norm_conv2d_q8
 from .pack_weight import pack_weight
@@ -39,6 +41,6 @@ _op.register_triton()
 __all__ = [
     "attention", "conv2d", "conv2d_q8", "gate_residual", "geglu", "geglu_q8", "geglu_tanh", "group_norm_silu",
     "group_norm_silu_q8", "layer_norm_modulate", "layer_norm_modulate_q8", "lincomb", "linear_geglu",
-    "linear_geglu_q8", "norm_conv2d", "norm_conv2d_q8", "pack_weight", "philox_normal", "qk_norm_rope", "quantize",
-    "quantize_rowwise", "rms_norm", "swiglu", "upsample2x",
+    "linear_geglu_q8", "linear_gelu_tanh", "linear_gelu_tanh_q8", "norm_conv2d", "norm_conv2d_q8", "pack_weight",
+    "philox_normal", "qk_norm_rope", "quantize", "quantize_rowwise", "rms_norm", "swiglu", "upsample2x",
 ]

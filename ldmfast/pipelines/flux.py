@@ -1,9 +1,12 @@
-"""FLUX.1: text to image with the arguments and defaults of diffusers' FluxPipeline."""
+"""FLUX.1: text to image with the arguments and defaults of diffusers' FluxPipeline; Depth and Canny, which are shown a
+picture to follow (FluxControlPipeline), and Fill, a picture and what of it to draw anew (FluxFillPipeline).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -11,10 +14,11 @@ from torch import Tensor
 
 from ..errors import LdmfastError
 from ..samplers import StepTable, make_table
-from .inputs import GeneratorLike
+from .inputs import GeneratorLike, prepare_image, prepare_mask, repeat_to
 from .joint import JointPipeline, JointRequest, number_of_steps, scale_of
 from .output import PipelineOutput
 from .request import number
+from .run import encode
 from .text import PromptEmbeds, tokenize
 
 
@@ -29,7 +33,39 @@ class FluxPipeline(JointPipeline):
         return 128 * self.vae_scale_factor
 
     def latents_shape(self, pictures: int, height: int, width: int) -> tuple[int, ...]:
-        return pictures, (height // self.multiple) * (width // self.multiple), self.unet.config.in_channels
+        return pictures, (height // self.multiple) * (width // self.multiple), 4 * self.vae.config.latent_channels
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Pictures that the network sees beside the latents. Raises LdmfastError for channels of another meaning."""
+        latents, mask = 4 * self.vae.config.latent_channels, 4 * self.vae_scale_factor**2
+        beside, both = self.unet.config.in_channels - latents, latents + mask
+        known: dict[int, tuple[str, ...]] = {0: (), latents: ("control_image",), both: ("image", "mask_image")}
+        if beside not in known:
+            raise LdmfastError(f"the network takes {beside} channels a token beside the {latents} of the latents: "
+                               f"neither those of a picture ({latents}) nor of a picture and a mask ({both})")
+        return known[beside]
+
+    def start(self, request: JointRequest) -> tuple[Tensor, Tensor | None]:
+        """Random numbers are drawn in diffusers' order: for Fill the whole picture's posterior, which strength 1 leaves
+        nothing of, the noise, the masked picture's; for Depth and Canny their picture's posterior first."""
+        pixels: dict[str, Tensor] = request.pixels
+        if not pixels:
+            return self.noise(request), None
+
+        def packed(picture: Tensor) -> Tensor:
+            return self.pack(encode(self, picture, cast(Any, request)))
+
+        if "control_image" in pixels:
+            beside = packed(pixels["control_image"])
+            return self.noise(request), beside
+        image, mask, f = pixels["image"], pixels["mask_image"], self.vae_scale_factor
+        if request.latents is None:
+            packed(image)
+        x = self.noise(request)
+        n, _, h, w = mask.shape
+        cells = mask.view(n, h // f, f, w // f, f).permute(0, 2, 4, 1, 3).reshape(n, f * f, h // f, w // f)
+        return x, torch.cat([packed(image * (1 - mask)), self.pack(cells).to(self.device)], dim=-1)
 
     def pack(self, noise: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, h / 2 * w / 2, 4 C): a token for each 2x2 patch, as diffusers keeps FLUX' latents."""
@@ -78,6 +114,9 @@ class FluxPipeline(JointPipeline):
         prompt_embeds: torch.Tensor | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
         *,
+        image: Any = None,
+        mask_image: Any = None,
+        control_image: Any = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -93,14 +132,17 @@ class FluxPipeline(JointPipeline):
 
         guidance_scale: what a guidance-distilled network (dev) is told; nothing to others. true_cfg_scale above 1 with
         a negative prompt: classifier-free guidance, twice the work. prompt_2: for T5, if another text. latents, and
-        output_type "latent": (N, tokens, 4 C), as diffusers has them.
+        output_type "latent": (N, tokens, 4 C), as diffusers has them. image, mask_image (1: draw anew): for Fill, with
+        50 steps and guidance 30 if not given. control_image: for Depth and Canny.
         Raises LdmfastError and its subclasses with one line, before any heavy work.
         """
         a = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "__class__")}
-        if self.unet.config.in_channels != 4 * self.vae.config.latent_channels:
-            raise LdmfastError(f"the network takes {self.unet.config.in_channels} channels a token, the latents have "
-                               f"{4 * self.vae.config.latent_channels}: this kind of conditioning is not supported")
-        a["guidance_scale"] = scale_of(self, a, 3.5)
+        pictures = {name: a.pop(name) for name in ("image", "mask_image", "control_image")}
+        self._check_pictures(pictures)
+        fill = "mask_image" in self.takes
+        a["guidance_scale"] = scale_of(self, a, 30.0 if fill else 3.5)
+        if fill and num_inference_steps is None and "num_inference_steps" not in self.loaded.defaults:
+            a["num_inference_steps"] = 50
         scale = number("true_cfg_scale", true_cfg_scale)
         guided = scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
 
@@ -114,5 +156,22 @@ class FluxPipeline(JointPipeline):
             return make_table(self.schedule, solver or self.loaded.defaults.get("solver"), sigmas=given,
                               image_seq_len=tokens)
 
-        result = self.run(self.resolve(a, scale if guided else 1.0, guided, table))
+        request = self.resolve(a, scale if guided else 1.0, guided, table)
+        result = self.run(replace(request, pixels=self._pixels(pictures, request)))
         return result if return_dict else (result.images, None)
+
+    def _check_pictures(self, given: dict[str, Any]) -> None:
+        for name, picture in given.items():
+            if (picture is not None) != (name in self.takes):
+                raise LdmfastError(f"{name} is needed by this network; it takes {' and '.join(self.takes)}"
+                                   if picture is None else f"{name} was given to a network that takes "
+                                   f"{' and '.join(self.takes) or 'no pictures'}; leave it out")
+
+    def _pixels(self, given: dict[str, Any], request: JointRequest) -> dict[str, Tensor]:
+        found = {}
+        with torch.inference_mode():
+            for name in self.takes:
+                prepare = prepare_mask if name == "mask_image" else prepare_image
+                found[name] = repeat_to(prepare(given[name], request.height, request.width), request.pictures,
+                                        "masks" if name == "mask_image" else "pictures")
+        return found

@@ -28,7 +28,8 @@ _LONGEST = 512  # tokens of a T5 prompt, diffusers' limit
 @dataclass(frozen=True)
 class JointRequest:
     """One call, complete. texts: for each text encoder one text a prompt. embeds: given in their place. table: all step
-    coefficients, guidance folded in. arguments: of the call, as ``settings`` keep them."""
+    coefficients, guidance folded in. arguments: of the call, as ``settings`` keep them. pixels: pictures that condition
+    the network, (pictures, C, H, W)."""
 
     texts: tuple[list[str], ...] | None
     negative_texts: tuple[list[str], ...] | None
@@ -49,6 +50,7 @@ class JointRequest:
     progress: bool
     skip_layers: tuple[int, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
+    pixels: dict[str, Tensor] = field(default_factory=dict)
 
 
 class JointPipeline(Pipeline):
@@ -89,6 +91,18 @@ class JointPipeline(Pipeline):
     def pack(self, noise: Tensor) -> Tensor:
         """(N, C, h, w) -> the state that is sampled."""
         return noise
+
+    def noise(self, request: JointRequest) -> Tensor:
+        """The state at the start."""
+        if request.latents is not None:
+            return request.latents.float()
+        f = self.vae_scale_factor
+        return self.pack(request.random.normal((request.pictures, self.vae.config.latent_channels, request.height // f,
+                                                request.width // f)))
+
+    def start(self, request: JointRequest) -> tuple[Tensor, Tensor | None]:
+        """The state at the start, and what the network is given beside it in the last dimension, if anything."""
+        return self.noise(request), None
 
     def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Inverse of pack; height and width in pixels."""
@@ -181,19 +195,19 @@ class JointPipeline(Pipeline):
         """Encode, sample, decode."""
         with torch.inference_mode(), fits_memory(cast(Any, request)):
             branches = self._branches(request)
-            shape = (request.pictures, self.vae.config.latent_channels, request.height // self.vae_scale_factor,
-                     request.width // self.vae_scale_factor)
-            x = request.latents.float() if request.latents is not None else self.pack(request.random.normal(shape))
+            x, beside = self.start(request)
             x, states = x.to(self.device), request.random.states()
             loop: Any = request
-            latents, cancelled = sample_latents(self, loop, cast(Any, JointDenoiser(self, request, branches)), x, None)
+            denoiser: Any = JointDenoiser(self, request, branches, beside)
+            latents, cancelled = sample_latents(self, loop, denoiser, x, None)
             if not bool(torch.isfinite(latents).all()):
                 request.random.restore(states)
                 encoders = zip(("", "_2", "_3"), self.loaded.text_encoders)
                 networks = [("vae", self.vae), ("transformer", self.unet),
                             *((f"text_encoder{end}", e.model) for end, e in encoders)]
                 explain_not_finite(self, loop, networks,
-                                   lambda: (cast(Any, JointDenoiser(self, request, self._branches(request))), x, None))
+                                   lambda: (cast(Any, JointDenoiser(self, request, self._branches(request), beside)), x,
+                                            None))
             images: Any = latents
             if request.output_type != "latent":
                 latents = self.unpack(latents, request.height, request.width)
@@ -225,7 +239,7 @@ class JointPipeline(Pipeline):
             "solver": request.table.solver, "clip_skip": request.clip_skip, "guidance_scale": request.guidance_scale,
             "timesteps": None, "sigmas": None, "guidance_rescale": 0.0, "eta": 0.0, "image": None, "mask_image": None,
             "repeatable": (request.texts is not None and request.negative_embeds is None
-                           and request.latents is None and request.callback is None),
+                           and request.latents is None and request.callback is None and not request.pixels),
             **request.arguments, "arguments": request.arguments}
         rows = []
         for i in range(request.pictures):
@@ -276,8 +290,9 @@ class JointDenoiser:
 
     In exact precision every picture has forwards of its own, its guidance branches together."""
 
-    def __init__(self, pipe: JointPipeline, request: JointRequest, branches: Sequence[PromptEmbeds]) -> None:
-        self.pipe, self.request, self.branches = pipe, request, len(branches)
+    def __init__(self, pipe: JointPipeline, request: JointRequest, branches: Sequence[PromptEmbeds],
+                 beside: Tensor | None = None) -> None:
+        self.pipe, self.request, self.branches, self.beside = pipe, request, len(branches), beside
         n = request.pictures
         self.groups = [slice(i, i + 1) for i in range(n)] if pipe.precision == "exact" else [slice(0, n)]
         self.states = [self._prepare(branches, group) for group in self.groups]
@@ -293,6 +308,7 @@ class JointDenoiser:
 
     def __call__(self, x: Tensor, t: float, stage: int) -> Tensor | tuple[Tensor | None, ...]:
         net, time = self.pipe.unet, self.pipe.network_time(float(t))
+        x = x if self.beside is None else torch.cat([x, self.beside.to(x)], dim=-1)
         parts = [net(torch.cat([x[g]] * self.branches), time, state=s).chunk(self.branches)
                  for g, s in zip(self.groups, self.states)]
         outs: list[Tensor | None] = [torch.cat(p) for p in zip(*parts)]

@@ -73,8 +73,7 @@ class Pipeline(LoraMethods):
         where = resolve_device(device)
         name, kind = resolve_precision(precision, dtype, where)
         parts = checkpoints.open_folder(Path(path), variant=variant)
-        found = family(parts) or cls
-        return found(load(parts, name, kind, where), precision=name, device=where, source=str(path))
+        return family(parts, cls)(load(parts, name, kind, where), precision=name, device=where, source=str(path))
 
     @classmethod
     def from_single_file(
@@ -96,7 +95,7 @@ class Pipeline(LoraMethods):
             network = REGISTRY[parts.class_name("transformer")][1].__name__
             raise CheckpointError(f"{path}: holds a {network} without the text side of a pipeline; open the model's "
                                   f"diffusers folder, or the network alone with models.{network}.from_single_file")
-        return cls(load(parts, name, kind, where), precision=name, device=where, source=str(path))
+        return family(parts, cls)(load(parts, name, kind, where), precision=name, device=where, source=str(path))
 
     @classmethod
     def tiny(
@@ -237,16 +236,21 @@ class Pipeline(LoraMethods):
         return f"ldmfast.Pipeline({self.source!r}, precision={self.precision!r}, device={str(self.device)!r})"
 
 
-def family(parts: checkpoints.Parts) -> type[Pipeline] | None:
-    """The class of pipelines whose calls have other arguments, None for Pipeline's own. Raises CheckpointError for one
-    of such a family that is not supported."""
+def family(parts: checkpoints.Parts, asked: type[Pipeline]) -> type[Pipeline]:
+    """The class of pipelines whose arguments a checkpoint's calls have: ``asked``, or that of a family of its own.
+    Raises CheckpointError for one of such a family that is not supported, or another than was asked for."""
     from .flux import FluxPipeline
     from .sd3 import StableDiffusion3Pipeline
 
-    families: tuple[type[Pipeline], ...] = (FluxPipeline, StableDiffusion3Pipeline)
+    families: dict[str, type[Pipeline]] = {
+        "FluxPipeline": FluxPipeline, "FluxControlPipeline": FluxPipeline, "FluxFillPipeline": FluxPipeline,
+        "StableDiffusion3Pipeline": StableDiffusion3Pipeline}
     name = str(parts.index.get("_class_name"))
-    found = next((f for f in families if f.__name__ == name), None)
+    found = families.get(name)
     if found is None and name.startswith(("Flux", "StableDiffusion3")):
         raise CheckpointError(f"{parts.path}: a {name} is not supported; of these families there are "
-                              f"{' and '.join(f.__name__ for f in families)}")
-    return found
+                              f"{', '.join(families)}")
+    if asked in families.values() and found is not asked:
+        raise CheckpointError(f"{parts.path}: is no {asked.__name__} but a {name}; open it with "
+                              "ldmfast.Pipeline.from_pretrained")
+    return found or asked

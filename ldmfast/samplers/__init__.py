@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+from .bridge import Bridge, bridge
 from .configs import CLASS_TO_SOLVER, SOLVER_TO_CLASS, solver_of
+from .groups import representation_guidance, sample_stages
 from .registry import SOLVERS, make_table, solver_options, start_step
 from .sample import StopSampling, sample
 from .schedules import Schedule
@@ -15,6 +17,7 @@ from .sit import Interpolant, sit
 from .step_table import Clip, StepTable, TableBuilder
 
 __all__ = [
-    "CLASS_TO_SOLVER", "SOLVERS", "SOLVER_TO_CLASS", "Clip", "Interpolant", "Schedule", "StepTable", "StopSampling",
-    "TableBuilder", "make_table", "sample", "sit", "solver_of", "solver_options", "start_step",
+    "CLASS_TO_SOLVER", "SOLVERS", "SOLVER_TO_CLASS", "Bridge", "Clip", "Interpolant", "Schedule", "StepTable",
+    "StopSampling", "TableBuilder", "bridge", "make_table", "representation_guidance", "sample", "sample_stages",
+    "sit", "solver_of", "solver_options", "start_step",
 ]

@@ -46,13 +46,16 @@ def sd3(with_t5: bool = True, dynamic: bool = False):
         tokenizer_2=_clip(), **parts))
 
 
-def flux(guidance: bool = True):
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+def flux(guidance: bool = True, kind: str = "FluxPipeline"):
+    """kind: FluxControlPipeline has a picture beside its latents, FluxFillPipeline a mask, too."""
+    import diffusers
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-    net = FluxTransformer2DModel(in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
-                                 num_attention_heads=4, joint_attention_dim=24, pooled_projection_dim=32,
-                                 axes_dims_rope=(4, 6, 6), guidance_embeds=guidance).eval()
+    channels = {"FluxPipeline": 16, "FluxControlPipeline": 32, "FluxFillPipeline": 32 + 256}[kind]
+    net = FluxTransformer2DModel(in_channels=channels, out_channels=16, num_layers=2, num_single_layers=2,
+                                 attention_head_dim=16, num_attention_heads=4, joint_attention_dim=24,
+                                 pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), guidance_embeds=guidance).eval()
     schedule = {"shift": 3.0, "use_dynamic_shifting": True} if guidance else {}
-    return _finished(FluxPipeline(
+    return _finished(getattr(diffusers, kind)(
         transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(**schedule), vae=_vae(),
         text_encoder=text(32, 2, False, 3), tokenizer=_clip(), text_encoder_2=t5(24), tokenizer_2=tokenizer()))

@@ -9,6 +9,8 @@ import torch
 
 import ldmfast
 from ldmfast.errors import CheckpointError, LdmfastError
+from ldmfast.pipelines.flux import FluxPipeline
+from ldmfast.pipelines.load import ASSETS
 
 LIMIT = 1e-4
 
@@ -175,6 +177,7 @@ def test_the_pipeline_accelerated_in_place(which, request, native_calls) -> None
     ("sd3", {"prompt": "a", "mu": 0.5}, "mu=0.5"),
     ("flux", {"prompt": "a", "height": 100}, "multiple of 16"), ("flux", {"prompt": 7}, "prompt is a int"),
     ("flux", {"prompt": "a", "output_type": "gif"}, "output_type"),
+    ("flux", {"prompt": "a", "control_image": np.zeros((8, 8, 3))}, "network that takes no pictures"),
     ("flux", {"prompt": "a", "solver": "pndm"}, "this schedule is a rectified flow"),
 ])
 def test_wrong_calls(which, call, message, request) -> None:
@@ -202,6 +205,36 @@ def test_other_pipelines_of_the_families_are_refused(flux, tmp_path) -> None:
 
     shutil.copytree(flux[1].source, tmp_path / "fill")
     index = Path(tmp_path / "fill" / "model_index.json")
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxFillPipeline"}))
-    with pytest.raises(CheckpointError, match="a FluxFillPipeline is not supported"):
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxInpaintPipeline"}))
+    with pytest.raises(CheckpointError, match="a FluxInpaintPipeline is not supported"):
         ldmfast.Pipeline.from_pretrained(tmp_path / "fill")
+
+
+def test_a_family_opens_its_own_folders_only(sd3) -> None:
+    for folder, kind in ((ASSETS / "tiny", "StableDiffusionPipeline"), (sd3[1].source, "StableDiffusion3Pipeline")):
+        with pytest.raises(CheckpointError, match=f"is no FluxPipeline but a {kind}; open it with"):
+            FluxPipeline.from_pretrained(folder)
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(1).random((height, width, 3))
+
+
+@pytest.mark.parametrize("kind", ["FluxControlPipeline", "FluxFillPipeline"])
+def test_flux_with_pictures(kind, tmp_path_factory) -> None:
+    """Depth, Canny and Fill draw what diffusers does, in the same order of random numbers."""
+    from PIL import Image
+
+    theirs, ours = pair(tmp_path_factory, folders.flux(kind=kind))
+    image = Image.fromarray((picture(64, 80) * 255).astype(np.uint8))
+    mask = Image.fromarray(np.pad(np.full((30, 41), 255, np.uint8), ((10, 24), (9, 30))))
+    given = {"image": image, "mask_image": mask} if kind == "FluxFillPipeline" else {"control_image": image}
+    call = {"prompt": "a red cat", "height": 64, "width": 80, **SHORT, **given}
+    expected = theirs(**call, generator=torch.Generator().manual_seed(5), output_type="np").images
+    got = ours(**call, generator=5, output_type="np", progress=False)
+    assert expected.std() > 0.05
+    assert worst(got.images, expected) <= LIMIT
+    assert not got.settings[0]["repeatable"]
+    assert got.settings[0]["guidance_scale"] == (30.0 if kind == "FluxFillPipeline" else 3.5)
+    with pytest.raises(LdmfastError, match="is needed by this network"):
+        ours("a red cat")

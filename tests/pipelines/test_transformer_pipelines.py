@@ -56,6 +56,31 @@ def test_dit(dit, call) -> None:
     assert np.array_equal(np.asarray(again), (got.images[1] * 255).round().astype("uint8"))
 
 
+@pytest.mark.parametrize("config, sigmas", [
+    ({"shift": 2.0}, None),  # time runs from noise to data, the velocity is noise - data
+    ({"invert_sigmas": True}, None),  # SiT: from 0 to 1, data - noise
+    ({"invert_sigmas": True, "num_train_timesteps": 1}, [1.0, 0.8, 0.5, 0.2]),  # and t itself is what it is told
+], ids=["flow", "sit", "sit_unit_time"])
+def test_a_dit_that_predicts_a_velocity(config, sigmas, tmp_path_factory) -> None:
+    """Against a loop of diffusers' own scheduler and network, whose pipeline takes noise predictions only."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs, ours = pair(tmp_path_factory, folders.dit(FlowMatchEulerDiscreteScheduler(**config)))
+    scheduler, net, labels = theirs.scheduler, theirs.transformer, torch.tensor([7, 999])
+    scheduler.set_timesteps(sigmas=sigmas) if sigmas else scheduler.set_timesteps(6)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    x = noise
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            classes = torch.cat([torch.full((2,), 1000), labels])
+            both = net(torch.cat([x, x]), timestep=t.expand(4), class_labels=classes, return_dict=False)[0][:, :4]
+            uncond, cond = both.chunk(2)
+            x = scheduler.step(uncond + 3.0 * (cond - uncond), t, x, return_dict=False)[0]
+    steps = {"sigmas": sigmas} if sigmas else {"num_inference_steps": 6}
+    got = ours(class_labels=[7, 999], latents=noise, guidance_scale=3.0, output_type="latent", progress=False, **steps)
+    assert worst(got.images, x) <= LIMIT * float(x.abs().max()) and got.settings[0]["solver"] == "flow_euler"
+
+
 @pytest.mark.parametrize("call", [
     {"prompt": "a red cat", "height": 64, "width": 96},
     {"prompt": ["a red cat", "TWO dogs on the moon "], "negative_prompt": "blurry", "num_inference_steps": 4,

@@ -27,13 +27,14 @@ def t5(width: int = 24):
     return encoder
 
 
-def dit():
+def dit(scheduler=None):
+    """scheduler: DDIM, or what the network predicts a velocity for (SiT)."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     # 1000 classes: diffusers' pipeline takes 1000 for "none", whatever the network says
     net = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, num_layers=2, sample_size=8, patch_size=2,
                                 in_channels=4, out_channels=8, num_embeds_ada_norm=1000).eval()
-    return _pipe(DiTPipeline, net, "proj_out_2", scheduler=DDIMScheduler(clip_sample=False))
+    return _pipe(DiTPipeline, net, "proj_out_2", scheduler=scheduler or DDIMScheduler(clip_sample=False))
 
 
 def pixart(sigma: bool = False, sample_size: int = 8):
