@@ -90,6 +90,8 @@ TARGETS = [
     Target("sd3", "ldmfast int8", "faster", 1.6, "OpenVINO bf16"),
     Target("flux", "ldmfast bf16", "faster", 1.5, "diffusers bf16"),
     Target("flux", "ldmfast int8", "faster", 2.5, "diffusers bf16"),
+    *(Target(work, f"ldmfast {precision}", "faster", limit, "OpenVINO bf16") for work in ("dit", "pixart", "flux")
+      for precision, limit in (("bf16", 1.05), ("int8", 1.6))),
     Target("vae", "ldmfast bf16", "faster", 1.5, "diffusers bf16"),
     Target("tiny", "ldmfast exact", "faster", 3.0, "diffusers fp32"),
     Target("tiny", "ldmfast bf16", "faster", 3.0, "diffusers fp32"),
@@ -150,6 +152,7 @@ def show(case: str, entry: Mapping[str, Any]) -> None:
         extra = [f"start-up {row['startup_s']:.1f} s"] if row.get("startup_s", 0) >= 0.1 else []
         extra += [f"error {row['error']:.1e}"] if "error" in row else []
         extra += [f"peak {row['peak_over_kept']:.2f}x of the weights"] if "peak_over_kept" in row else []
+        extra += [f"peak +{row['peak_added_bytes'] / 2**30:.2f} GiB"] if "peak_added_bytes" in row else []
         print(f"  {name:20s} {row['median_s']:9.4f} s  ({spread})  {', '.join(extra)}")
 
 

@@ -57,6 +57,21 @@ def free_memory() -> int | None:
         return None
 
 
+def _resident(key: str) -> int:
+    """VmRSS or VmHWM (its peak) of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key + ":"))
+
+
+def forget_peak() -> int | None:
+    """Lets the peak start anew and returns what is resident; None where the system does not tell."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident("VmRSS")
+    except OSError:
+        return None
+
+
 def relative_rms(output: Tensor, reference: Tensor) -> float:
     """|output - reference| / |reference|, in float64. Raises ValueError for another shape or numbers not finite."""
     if output.shape != reference.shape:
@@ -73,12 +88,15 @@ def _start(arm: Arm, reference: Tensor) -> tuple[Call, int, dict[str, Any]]:
     if free is not None and free < arm.need + SPARE:
         raise MemoryError(f"needs about {(arm.need + SPARE) / 2**30:.1f} GiB, {free / 2**30:.1f} are free; "
                           "choose fewer arms")
+    before = forget_peak()
     start = time.perf_counter()
     call, facts = arm.build()
     built = time.perf_counter()
     output = call()
     called = time.perf_counter()
     row = {**facts, "build_s": built - start, "first_call_s": called - built}
+    if before is not None:
+        row["peak_added_bytes"] = _resident("VmHWM") - before
     if arm.compared:
         row["error"] = relative_rms(output, reference)
     return call, max(1, int(SAMPLE_S / clock("cpu", call))), row
@@ -86,7 +104,9 @@ def _start(arm: Arm, reference: Tensor) -> tuple[Call, int, dict[str, Any]]:
 
 def race(arms: Mapping[str, Arm], reference: Tensor, repeats: int, title: str = "") -> dict[str, dict[str, Any]]:
     """Rows by arm's name: median_s, repeats_s, startup_s (all before the steady state), error (relative RMS against
-    the reference), version, settings; or version, settings and "unavailable" with the reason."""
+    the reference), peak_added_bytes (resident memory at its peak in building and the first call, beyond what was there:
+    weights shared with arms before do not count), version, settings; or version, settings and "unavailable" with the
+    reason."""
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Call] = {}
     numbers: dict[str, int] = {}

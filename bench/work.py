@@ -125,7 +125,8 @@ def sd3(run: Run) -> Iterator[Found]:
 
 def flux(run: Run) -> Iterator[Found]:
     net = joint_arms.flux(joint_arms.FLUX_DEV, 32, 512)
-    entrants = {"diffusers bf16": arms.eager(net, torch.bfloat16)}
+    entrants = {"OpenVINO bf16": arms.openvino(net, "bf16", run.cache, run.threads)}
+    entrants |= {"diffusers bf16": arms.eager(net, torch.bfloat16)}
     entrants |= {f"ldmfast {p}": joint_arms.ours(net, p) for p in ("bf16", "int8")}
     yield run.race("flux", entrants, net.reference, "two double and four single blocks of FLUX.1's width, 1024 image "
                    "and 512 prompt tokens; weights are rounded to bf16 once the fp32 reference is made, and every arm "
@@ -144,8 +145,10 @@ def pixart(run: Run) -> Iterator[Found]:
 
 
 def transformer_case(run: Run, case: str, net: arms.Network, note: str) -> Found:
-    """Every arm on one diffusion transformer; fp32 ones only where its weights are still there."""
-    entrants = {"torch.compile bf16": arms.compiled(net), "diffusers bf16": arms.eager(net, torch.bfloat16)}
+    """Every arm on one diffusion transformer; fp32 ones only where its weights are still there. What needs most memory
+    to start comes first."""
+    entrants = {"OpenVINO bf16": arms.openvino(net, "bf16", run.cache, run.threads)}
+    entrants |= {"torch.compile bf16": arms.compiled(net), "diffusers bf16": arms.eager(net, torch.bfloat16)}
     entrants |= {f"ldmfast {p}": arms.ours(net, p) for p in ("bf16", "int8")}
     if net.module.dtype == torch.float32:
         entrants |= {"diffusers fp32": arms.eager(net, torch.float32), "ldmfast exact": arms.ours(net, "exact")}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import mmap
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,13 +117,20 @@ def test_arms_that_fail_say_why(bench):
     def refuse():
         raise RuntimeError("\nfirst line\nsecond line")
 
-    wanted = torch.tensor([3.0, 4.0])
+    wanted, pages = torch.tensor([3.0, 4.0]), mmap.mmap(-1, 64 << 20)  # pages that no heap had before
+
+    def large():
+        pages.write(bytes(64 << 20))
+        pages.seek(0)
+        return wanted
+
     rows = bench.race.race({
         "refuses": bench.race.Arm(refuse, "peer 1.0", "none"),
         "other shape": fixed(bench, torch.zeros(3)),
         "not finite": fixed(bench, torch.tensor([math.nan, 4.0])),
         "too large": bench.race.Arm(refuse, "peer 1.0", "none", need=1 << 60),
         "half": fixed(bench, wanted / 2, earlier_s=60.0),
+        "large": bench.race.Arm(lambda: (large, {}), "peer 1.0", "none"),
     }, wanted, repeats=2)
     assert rows["refuses"]["unavailable"] == "RuntimeError: first line"
     assert rows["other shape"]["unavailable"] == "ValueError: output has shape (3,), the reference (2,)"
@@ -130,6 +138,8 @@ def test_arms_that_fail_say_why(bench):
     if bench.race.free_memory() is not None:
         assert rows["too large"]["unavailable"].startswith("MemoryError: needs about 1073741825.0 GiB")
     assert rows["half"]["error"] == 0.5 and rows["half"]["startup_s"] >= 60
+    if bench.race.forget_peak() is not None:
+        assert rows["half"]["peak_added_bytes"] < 32 << 20 and rows["large"]["peak_added_bytes"] > 60 << 20
 
 
 def test_conversions_are_kept_with_the_time_they_took(bench, tmp_path, monkeypatch):

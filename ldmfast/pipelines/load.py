@@ -209,7 +209,7 @@ def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device)
         if f"tokenizer{suffix}" not in names:
             raise CheckpointError(f"{parts.path}: has part 'text_encoder{suffix}' but no 'tokenizer{suffix}'")
         if part == "transformer" and parts.class_name(f"text_encoder{suffix}") == "T5EncoderModel":
-            encoders.append(load_t5(parts, suffix, dtype, device))
+            encoders.append(load_t5(parts, suffix, dtype, device, int8=precision == "int8"))
             continue
         encoders.append(TextEncoder(_tokenizer(parts, f"tokenizer{suffix}"),
                                     _model(parts, f"text_encoder{suffix}", dtype, device), two))

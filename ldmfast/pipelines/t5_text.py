@@ -1,4 +1,5 @@
-"""Prompts to the states of a T5 encoder (PixArt), which is transformers' own model, of the encoder half only."""
+"""Prompts to the states of a T5 encoder (PixArt, SD 3, FLUX), which is transformers' own model, of the encoder half
+only."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..checkpoints import Parts
 from ..errors import CheckpointError, LdmfastError
+from ..models.gemm import rows_to_int8
 from .text import PromptEmbeds
 
 _LOCK = threading.Lock()  # tokenizers keep state while they run
@@ -78,11 +80,35 @@ class T5Encoder:
         return states
 
 
-def load_t5(parts: Parts, suffix: str, dtype: torch.dtype, device: torch.device) -> T5Encoder:
+class Int8Stored(nn.Linear):
+    """x W^T with W kept as int8 and one fp32 scale for each output: half of bf16's memory. Only storage is in 8 bits,
+    as T5's activations reach far beyond what 8 bits hold; the numbers are exact in x's dtype, the scale comes after."""
+
+    scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype)).mul_(self.scale.to(x.dtype))
+
+
+def _store_in_int8(model: Any) -> set[str]:
+    """Makes the linears of the (meta) encoder's blocks Int8Stored; the names of their weights."""
+    names = set()
+    for name, layer in model.encoder.block.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.__class__ = Int8Stored
+            layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+            layer.register_buffer("scale", torch.empty(layer.out_features, device="meta"))
+            names.add(f"encoder.block.{name}.weight")
+    return names
+
+
+def load_t5(parts: Parts, suffix: str, dtype: torch.dtype, device: torch.device, int8: bool = False) -> T5Encoder:
     """The parts text_encoder and tokenizer (with this suffix) of a checkpoint. Weights are read by our own readers.
+    int8: those of the blocks are kept in 8 bits, each as soon as it is read.
 
     Raises CheckpointError for parts that do not fit together or are not readable."""
-    return T5Encoder(_tokenizer(parts, f"tokenizer{suffix}"), _model(parts, f"text_encoder{suffix}", dtype, device))
+    return T5Encoder(_tokenizer(parts, f"tokenizer{suffix}"),
+                     _model(parts, f"text_encoder{suffix}", dtype, device, int8))
 
 
 def _tokenizer(parts: Parts, part: str) -> Any:
@@ -99,7 +125,7 @@ def _tokenizer(parts: Parts, part: str) -> Any:
                               "sentencepiece is not installed") from error
 
 
-def _model(parts: Parts, part: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _model(parts: Parts, part: str, dtype: torch.dtype, device: torch.device, int8: bool = False) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     try:
@@ -109,7 +135,13 @@ def _model(parts: Parts, part: str, dtype: torch.dtype, device: torch.device) ->
         raise CheckpointError(f"{parts.path}: part {part!r} has a config that is no T5 encoder's "
                               f"({(str(error).splitlines() or ['?'])[0]})") from error
     embedding = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor under two names, of which one is stored
-    weights = {k: t for k, t in parts.stream(part, dtype, device) if not k.startswith("decoder.")}
+    eight = _store_in_int8(model) if int8 else set()
+    weights: dict[str, Tensor] = {}
+    for name, tensor in parts.stream(part, dtype, device):
+        if name in eight:
+            weights[name], weights[f"{name.removesuffix('weight')}scale"] = rows_to_int8(tensor)
+        elif not name.startswith("decoder."):
+            weights[name] = tensor
     stored = next((weights[n] for n in embedding if n in weights), None)
     if stored is not None:
         weights |= dict.fromkeys(embedding, stored)

@@ -177,3 +177,28 @@ def test_bad_calls(dit, sigma) -> None:
         sigma[1]("a cat", height=72)
     with pytest.raises(LdmfastError, match="max_sequence_length=0"):
         sigma[1]("a cat", max_sequence_length=0)
+
+
+def test_t5_is_stored_in_8_bits(sigma) -> None:
+    """The blocks' linears in int8 with a scale a row, everything else in bf16; states are as near as the weights are:
+    each is within half a step of its row, 1 / 254 of the row's largest."""
+    exact, bf16, eight = (ldmfast.Pipeline.from_pretrained(sigma[1].source, precision=p).loaded.text_encoders[0]
+                          for p in ("exact", "bf16", "int8"))
+    kept = dict(eight.model.named_parameters())
+    linears = {n for n, m in exact.model.encoder.block.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert {n for n, p in kept.items() if p.dtype == torch.int8} == {f"encoder.block.{n}.weight" for n in linears}
+    assert all(p.dtype in (torch.int8, torch.bfloat16) for p in kept.values())
+    for name in linears:
+        layer, weight = (e.model.encoder.block.get_submodule(name) for e in (eight, exact))
+        weight = weight.weight
+        step = layer.scale[:, None] / 2
+        # the stored weights are those of bf16, whose rounding is 2^-9
+        off = (layer.weight.float() * layer.scale[:, None] - weight).abs()
+        assert bool((off <= step * 1.001 + weight.abs() * 2**-8).all())
+    wanted, low, found = (e.encode(["a red cat", "two dogs on the moon"], 40) for e in (exact, bf16, eight))
+    assert torch.equal(found.mask, wanted.mask) and found.states.dtype == torch.bfloat16
+
+    def error(embeds) -> float:
+        return float((embeds.states.float() - wanted.states).norm() / wanted.states.norm())
+
+    assert 0 < error(found) <= 3 * error(low) + 0.01
