@@ -55,11 +55,15 @@ def packable(weight: Tensor) -> bool:
     return _onednn(weight) and not weight.is_mkldnn and weight.numel() > 0
 
 
-def _packs_own(weight: Tensor, inputs: int = 1) -> bool:
+def _packs_own(weight: Tensor, least: tuple[int, int] = (1, 1)) -> bool:
     """Whether a plain weight takes the order of our own products: that of a GatedLinear or Conv2d, or of a Linear with
-    at least as many ``inputs``."""
+    at least as many outputs and inputs as ``least``."""
     return (OWN and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.numel() > 0
-            and not weight.is_mkldnn and weight.ndim in (2, 4) and weight.shape[1] >= inputs)
+            and not weight.is_mkldnn and weight.ndim in (2, 4) and _at_least(weight, least))
+
+
+def _at_least(weight: Tensor, least: tuple[int, int]) -> bool:
+    return weight.shape[0] >= least[0] and weight.shape[1] >= least[1]
 
 
 def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,8 +96,8 @@ class Int8Weight(nn.Module):
         self.shape = tuple(values.shape)
         self.gated = isinstance(layer, GatedLinear)
         conv = layer if isinstance(layer, Conv2d) else None
-        inputs = layer.own_inputs[torch.int8] if isinstance(layer, Linear) else 1
-        self.own = OWN and values.device.type == "cpu" and values.numel() > 0 and values.shape[1] >= inputs
+        least = layer.own_from if isinstance(layer, Linear) else (1, 1)
+        self.own = OWN and values.device.type == "cpu" and values.numel() > 0 and _at_least(values, least)
         self.packed = ONEDNN_INT8 and not self.own and values.device.type == "cpu"
         self.layout: Packed | None = None
         # what a zero point of 1 adds to each output
@@ -136,10 +140,10 @@ def _column(x: Tensor) -> Tensor:
     return x.reshape(1, x.shape[:-1].numel(), 1, x.shape[-1]).permute(0, 3, 1, 2)
 
 
-def pack_linear(weight: Tensor, inputs: int) -> Tensor:
-    """A plain weight (out, in) in the order of the product that takes it: our own if it has at least ``inputs``."""
+def pack_linear(weight: Tensor, least: tuple[int, int]) -> Tensor:
+    """A plain weight (out, in) in the order of the product that takes it: our own if it is as large as ``least``."""
     weight = weight.detach()
-    if _packs_own(weight, inputs):
+    if _packs_own(weight, least):
         return ops.pack_weight(weight)
     return torch.ops.mkldnn._reorder_linear_weight(weight, None) if packable(weight) else weight
 
@@ -174,8 +178,8 @@ class Linear(Direct, nn.Linear):
     int8: Int8Weight | None
     border = 0
     lora: Any = None  # a loras.Side: (x, residual) -> residual with what adapters add to it
-    # inputs from which our own product is faster (docs/performance.md, "Transformers")
-    own_inputs: ClassVar[dict[torch.dtype, int]] = {torch.bfloat16: 4096, torch.int8: 3072}
+    # outputs and inputs from which our own product is faster (docs/performance.md, "Our own products")
+    own_from: ClassVar[tuple[int, int]] = (640, 1280)
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)
@@ -203,7 +207,7 @@ class Linear(Direct, nn.Linear):
             y = ops.conv2d_q8(_column(x.values), x.scale, x.zero_point, w.values, w.scale, w.sums, w.bias, more,
                               out_channels=w.shape[0], kernel=1, padding=0)
             return y.permute(0, 2, 3, 1).view(*x.values.shape[:-1], w.shape[0])
-        if not w.packed:
+        if not w.packed and not w.own:
             out = F.linear(_float(x, torch.float32), w.dense(torch.float32), w.bias).to(dtype)
             return out if residual is None else out.add_(residual)
         if x.values.numel() == 0:
@@ -218,9 +222,8 @@ class Linear(Direct, nn.Linear):
 
     def pack(self) -> None:
         """Brings the weight into the layout of its product, once; the plain one is let go."""
-        inputs = self.own_inputs[torch.bfloat16]
-        if self.int8 is None and not self.own and (packable(self.weight) or _packs_own(self.weight, inputs)):
-            self.weight = _fixed(pack_linear(self.weight, inputs))
+        if self.int8 is None and not self.own and (packable(self.weight) or _packs_own(self.weight, self.own_from)):
+            self.weight = _fixed(pack_linear(self.weight, self.own_from))
 
     @property
     def own(self) -> bool:
@@ -254,7 +257,7 @@ class Linear(Direct, nn.Linear):
 class GatedLinear(Linear):
     """GEGLU of a linear: of its outputs x W^T + b the first half times GELU of the second (Shazeer 2020)."""
 
-    own_inputs: ClassVar[dict[torch.dtype, int]] = {torch.bfloat16: 1, torch.int8: 1}
+    own_from: ClassVar[tuple[int, int]] = (1, 1)
 
     def forward(self, x: Tensor | Quantized, *, codes: bool = False) -> Tensor | Quantized:  # type: ignore[override]
         """x: (..., in) -> (..., out_features / 2). codes: 8 bits, where the layer that follows takes them and they cost

@@ -16,7 +16,7 @@ from .gemm import Int8Weight, Linear, Quantized
 class GeluLinear(Linear):
     """GELU, in its tanh form (Hendrycks and Gimpel 2016, section 2), of x W^T + b, inside the product."""
 
-    own_inputs: ClassVar[dict[torch.dtype, int]] = {torch.bfloat16: 1, torch.int8: 1}
+    own_from: ClassVar[tuple[int, int]] = (1, 1)
 
     def forward(self, x: Tensor | Quantized, residual: None = None) -> Tensor:  # type: ignore[override]
         """x: (..., in), floating, or 8-bit for a layer with ``int8`` -> (..., out)."""
@@ -75,8 +75,7 @@ class SplitLinear(Linear):
     def pack(self) -> None:
         if self.rest is not None or not gemm.packable(self.weight):
             return
-        inputs = self.own_inputs[torch.bfloat16]
-        parts = [gemm.pack_linear(part.contiguous(), inputs) for part in self._split(self.weight.detach())]
+        parts = [gemm.pack_linear(part.contiguous(), self.own_from) for part in self._split(self.weight.detach())]
         self.weight, self.rest = (gemm._fixed(part) for part in parts)
 
     def _split(self, weight: Tensor) -> tuple[Tensor, Tensor]:

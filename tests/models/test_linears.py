@@ -59,7 +59,7 @@ def test_split_linear(shape, dtype, library) -> None:  # noqa: F811
 def test_a_linear_of_our_own(shape, eight, monkeypatch) -> None:
     """What layers with many inputs take, here from one input on."""
     monkeypatch.setattr(gemm, "OWN", True)
-    monkeypatch.setattr(Linear, "own_inputs", {torch.bfloat16: 1, torch.int8: 1})
+    monkeypatch.setattr(Linear, "own_from", (1, 1))
     layer = filled(Linear(shape[-1], 12), torch.bfloat16)
     x, residual = draw(*shape).bfloat16(), draw(*shape[:-1], 12, seed=2).bfloat16()
     weight, exact = layer.weight.clone(), F.linear(x.double(), layer.weight.double(), layer.bias.double())
@@ -83,16 +83,16 @@ def test_a_linear_of_our_own(shape, eight, monkeypatch) -> None:
 
 @pytest.mark.parametrize("eight", [False, True])
 def test_a_split_linear_of_our_own(eight, monkeypatch) -> None:
-    """FLUX's width: only the second of its products is deep enough in bf16."""
+    """Only the second of its products is deep enough."""
     monkeypatch.setattr(gemm, "OWN", True)
-    monkeypatch.setattr(Linear, "own_inputs", {torch.bfloat16: 12, torch.int8: 8})
+    monkeypatch.setattr(Linear, "own_from", (8, 12))
     layer = filled(SplitLinear(20, 8), torch.bfloat16)
     whole, weight = draw(2, 7, 20).bfloat16(), layer.weight.clone()
     parts = (whole[..., :8].contiguous(), whole[..., 8:].contiguous())
     exact = F.linear(whole.double(), layer.weight.double(), layer.bias.double())
     if eight:
         layer.quantize()
-        assert layer.int8.first.own and layer.int8.rest.own
+        assert not layer.int8.first.own and layer.int8.rest.own
     else:
         layer.pack()
         assert layer.weight.ndim != 7 and layer.rest.ndim == 7 and torch.equal(layer.dense(), weight)
