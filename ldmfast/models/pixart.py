@@ -149,7 +149,7 @@ class PixArt(FromSingleFile, Model):
         spans: tuple[Span, ...] = ()
         if prompt is not None and mask is not None:
             prompt, mask = _without_hidden_end(prompt, mask)
-            spans = _spans(mask)
+            spans = _spans(mask) if mask.shape == prompt.shape[:2] else ()
             mask = None if spans else mask
         micro, which = self._micro(added_cond_kwargs, batch)
         batch = len(which) if batch is None and which is not None else batch
@@ -250,9 +250,8 @@ def _without_hidden_end(prompt: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def _spans(mask: Tensor) -> tuple[Span, ...]:
     """Neighbouring pictures that see equally many tokens, if every row of the mask (N, T) is ones and then zeros; ()
     for any other mask."""
-    seen = mask > 0
-    ends = seen.sum(1)
-    if mask.ndim != 2 or not bool((mask == (torch.arange(mask.shape[1], device=mask.device) < ends[:, None])).all()):
+    ends = (mask > 0).sum(1)
+    if not bool((mask == (torch.arange(mask.shape[1], device=mask.device) < ends[:, None])).all()):
         return ()
     spans: list[Span] = []
     for i, tokens in enumerate(ends.tolist()):

@@ -180,14 +180,15 @@ class Block(Direct):
 
 
     def _see(self, x: Tensor, prompt: KeysValues, step: Step) -> Tensor:
-        """x plus its attention to the prompt. Overwrites x where the pictures see prompts of different lengths."""
-        if len(step.spans) < 2:
+        """x plus its attention to the prompt. Overwrites x where pictures see prompts of different lengths, or of one
+        token."""
+        if not step.spans or (len(step.spans) == 1 and step.spans[0].tokens > 1):
             return self.attn2(x, prompt, step.prompt_bias, x)
         to_out, = self.attn2.to_out
         for first, end, tokens in step.spans:
             some, (k, v) = x[first:end], (part[first:end, :tokens] for part in prompt)
             if tokens == 1:  # whose weight is 1, whatever the query: an empty prompt is one token of T5
-                some.add_(to_out(v.flatten(2)))
+                some.add_(by_rows(to_out, v.flatten(1)).unsqueeze(1))
             else:
                 some.copy_(self.attn2(some, (k, v), None, some))
         return x

@@ -49,6 +49,12 @@ def masked(n: int) -> Conditions:
     return prompt(n) | {"encoder_attention_mask": mask[:n]}
 
 
+def prefix(n: int) -> Conditions:
+    """Prompts of different length, one of a single token; masks that hide only their ends."""
+    ends = torch.tensor([[1], [5], [5]])
+    return prompt(n) | {"encoder_attention_mask": (torch.arange(11) < ends[:n]).long()}
+
+
 def micro(n: int) -> Conditions:
     return prompt(n) | {"added_cond_kwargs": {
         "resolution": torch.tensor([[512.0, 300.0], [128.0, 90.0], [512.0, 300.0]])[:n],
@@ -80,6 +86,7 @@ CASES = {
     "dit_gelu": dit(activation_fn="gelu"),
     "pixart": pixart(),
     "pixart_masked": pixart(masked),
+    "pixart_prefix": pixart(prefix),
     "pixart_micro": pixart(micro, use_additional_conditions=True),
     "pixart_sigma": pixart(masked, interpolation_scale=2),
     "pixart_no_captions": pixart(lambda n: prompt(n, 72), caption_channels=None),
@@ -112,7 +119,7 @@ def test_matches_diffusers(name: str) -> None:
                 assert error(got, expected) <= FP32, (name, size, n, t)
 
 
-@pytest.mark.parametrize("name", ["dit", "dit_geglu_affine", "pixart_masked", "pixart_micro"])
+@pytest.mark.parametrize("name", ["dit", "dit_geglu_affine", "pixart_masked", "pixart_prefix", "pixart_micro"])
 def test_bfloat16_is_as_good_as_diffusers(name: str) -> None:
     """Against float64, at most twice the error that diffusers makes in bfloat16."""
     case, n = CASES[name], 3
@@ -150,7 +157,7 @@ def test_int8(name: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["exact", "bf16", "int8"])
-@pytest.mark.parametrize("name", ["dit", "pixart_micro", "pixart_masked"])
+@pytest.mark.parametrize("name", ["dit", "pixart_micro", "pixart_masked", "pixart_prefix"])
 def test_prepared_state_gives_the_same_bits(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One state for many timesteps equals the computation step by step, also where it is too large to hold all."""
     case = CASES[name]
