@@ -83,11 +83,11 @@ struct MmaTile {
   static constexpr int shared_bytes(int used_warps) { return 2 * pitch * (rows(used_warps) + 4 * keys); }
 };
 
-// Warps of a block: fewer where four would leave multiprocessors without a block, or only pad. Every row's arithmetic
-// is the same whatever this gives.
+// Warps of a block: fewer where more would leave over a quarter of the multiprocessors without a block, or only pad.
+// Every row's arithmetic is the same whatever this gives.
 inline int mma_warps(const AttentionSizes& a, int rows_of_warp, int most, int64_t processors) {
   int warps = most;
-  while (warps > 1 && (attention_blocks(a, warps * rows_of_warp) < processors ||
+  while (warps > 1 && (4 * attention_blocks(a, warps * rows_of_warp) < 3 * processors ||
                        a.queries <= warps / 2 * rows_of_warp))
     warps /= 2;
   return warps;
@@ -150,7 +150,7 @@ inline TensorBox tensor_box(const int64_t* sizes, const int64_t* strides, int el
               {uint32_t(kPanel), uint32_t(rows), 1, 1}};
   const int order[3] = {1, 2, 0};
   for (int i = 0; i < 3; ++i)  // the stride of a dimension of size one is free and may be no multiple of 16
-    t.stride[i] = sizes[order[i]] == 1 ? 16 : uint64_t(strides[order[i]]) * uint64_t(element_size);
+    t.stride[i] = uint64_t(sizes[order[i]] == 1 ? sizes[3] : strides[order[i]]) * uint64_t(element_size);
   return t;
 }
 // Its limits (CUDA driver API): sizes below 2^32, strides that are multiples of 16 below 2^40, and not 0 here.
