@@ -76,13 +76,42 @@ def demangled(found: list[Resources]) -> list[Resources]:
     return [Resources(**{**asdict(r), "kernel": n}) for r, n in zip(found, short)]
 
 
+def empty_there(r: Resources) -> bool:
+    """Kernels for the instructions of sm_90a alone are compiled for the others without a body."""
+    return "wgmma" in r.kernel and r.arch != "90a"
+
+
+def library_resources(library: Path) -> list[Resources]:
+    """Of the kernels in a built library, which takes seconds. cuobjdump gives no spill count: these kernels keep no
+    arrays in local memory, so their whole stack frame is spills."""
+    found, arch, name = [], "", ""
+    report = subprocess.run([cuobjdump(), "-res-usage", str(library)], text=True, capture_output=True, check=True).stdout
+    for line in report.splitlines():
+        if match := re.match(r"\s*arch = sm_(\w+)", line):
+            arch = match.group(1)
+        elif match := re.match(r"\s*Function (\S+?):", line):
+            name = match.group(1)
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, match.groups())
+            found.append(Resources(name, arch, registers, shared, stack + local, stack + local))
+    return [r for r in demangled(found) if not empty_there(r)]
+
+
+def cuobjdump() -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+
+
 def nvcc_resources(source: Path, archs: tuple[str, ...]) -> list[Resources]:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(nvcc_command(source, archs, Path(folder) / "out.o"), text=True,
                               capture_output=True)
     if done.returncode:
         raise RuntimeError(f"{source.name} does not compile for {archs}:\n{done.stderr[-3000:]}")
-    found = demangled(parse_ptxas(done.stderr))
+    if "wgmma.mma_async instructions are serialized" in done.stderr:  # registers touched while products are in flight
+        raise RuntimeError(f"{source.name} waits for every single wgmma:\n{done.stderr[-3000:]}")
+    found = [r for r in demangled(parse_ptxas(done.stderr)) if not empty_there(r)]
     return [Resources(**{**asdict(r), "kernel": f"{source.stem}.cu: {r.kernel}"}) for r in found]
 
 
@@ -157,13 +186,10 @@ def compile_triton(call: Launch, arch: int) -> Any:
 
 def cubin_resources(name: str, arch: int, compiled: Any) -> Resources:
     """cuobjdump gives no spill count: Triton keeps no arrays in local memory, so its whole stack frame is spills."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run([str(tool), "-res-usage", file.name], text=True, capture_output=True, check=True).stdout
+        report = subprocess.run([cuobjdump(), "-res-usage", file.name], text=True, capture_output=True, check=True).stdout
     registers, stack = (int(re.search(rf"{key}:(\d+)", report).group(1)) for key in ("REG", "STACK"))
     return Resources(name, str(arch), registers, compiled.metadata.shared, stack, stack)
 

@@ -10,6 +10,7 @@
 #   check     facts of the machine; every op against its reference; the engine against eager
 #   sdxl      SDXL 1024, 30 steps, 1 picture: graphs, eager, diffusers eager
 #   sd15      SD 1.5 512, 50 steps, 1 picture: the same
+#   attention every kernel of ours against every one of torch's, and the table that follows from it
 #   ops       every op's time, against torch's way and the measured roofline
 #   profile   one step of both networks by kernel and by op
 #   batches   throughput: SDXL and SD 1.5 in larger batches
@@ -25,7 +26,7 @@ PYTHON=${PYTHON:-python3}
 WHEELS=build/gpu
 SITE=${TMPDIR:-/tmp}/ldmfast-site
 RESULTS=bench/results/h200
-STAGES="check sdxl sd15 ops profile batches compiled sanitize"
+STAGES="check attention sdxl sd15 ops profile batches compiled sanitize"
 DRY=
 
 prepare() {
@@ -68,15 +69,17 @@ bench() {  # name, script, arguments...
 
 stage() {
     local large=sdxl small=sd15 steps=30 more=50 rounds=5 device=cuda many=("4" "8" "16")
-    local check=() ops=() command
+    local check=() ops=() few=() command
     if [ -n "$DRY" ]; then
         large=small small=small steps=2 more=3 rounds=1 device=cpu many=(2)
+        few=(--case vae_tiny)
         check=(--op lincomb upsample2x) ops=(--op lincomb --case sd15_dpmpp)
     fi
     case $1 in
         check)
             run facts "$PYTHON" -P -c 'import ldmfast, sys; print(sys.version, ldmfast.__file__, ldmfast.info(), sep="\n")'
             bench check gpu_check --device $device "${check[@]}" ;;
+        attention) bench attention gpu_attention --device $device "${few[@]}" ;;
         sdxl) bench sdxl gpu_e2e --device $device --model $large --steps $steps --rounds $rounds \
                   --arms ours "ours eager" eager ;;
         sd15) bench sd15 gpu_e2e --device $device --model $small --steps $more --rounds $rounds \
@@ -95,7 +98,7 @@ stage() {
                 --arms ours compiled ;;
         sanitize)
             for tool in memcheck racecheck; do
-                for op in group_norm_silu lincomb; do
+                for op in group_norm_silu lincomb attention; do
                     command=("$PYTHON" bench/gpu_check.py --parts ops --op "$op" --dtype bfloat16 --device "$device"
                              --out "$RESULTS/$tool-$op")
                     [ -n "$DRY" ] || command=(compute-sanitizer --tool "$tool" --error-exitcode 3 "${command[@]}")

@@ -52,6 +52,29 @@ def check_ops(device: str, dtypes: tuple[torch.dtype, ...], only: list[str] | No
     return rows
 
 
+def check_attention(dtypes: tuple[torch.dtype, ...], tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Every backend that can run a call of attention, not only the one that the table chooses."""
+    from ldmfast.kernels import _attention_choice, attention
+
+    row, rows, capability = ROWS["attention"], [], torch.cuda.get_device_capability()
+    built = ldmfast.ops.CUDA_LIBRARY.loaded
+    for dtype in dtypes:
+        for case in parity.small_cases(row):
+            args = to_device(case.args(dtype), "cuda")
+            for backend in _attention_choice.able(*args, capability, built) if args[1].numel() else []:
+                def run(*args: Any, backend: str = backend) -> Any:
+                    return back(attention.launch(*to_device(args, "cuda"), backend=backend))
+                try:
+                    wrong = parity.failure(row, case, dtype, run=run)
+                except Exception as error:
+                    wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                rows.append({"op": "attention", "case": case.name, "dtype": str(dtype)[6:], "backend": backend,
+                             "wrong": wrong})
+                if wrong:
+                    tell(f"WRONG attention by {backend} {case.name} {dtype}: {wrong}")
+    return rows
+
+
 def check_engine(device: str) -> dict[str, Any]:
     """The shipped model through graphs and eagerly: the largest difference of pixels, over solvers and sizes. On a GPU
     the kernels are the same, so it should be 0."""
@@ -82,7 +105,11 @@ def main() -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     if "ops" in options.parts:
         dtypes = tuple(getattr(torch, d) for d in options.dtype)
-        record["ops"] = check_ops(options.device, dtypes, options.op, lambda text: print(text, flush=True))
+        def tell(text: str) -> None:
+            print(text, flush=True)
+        record["ops"] = check_ops(options.device, dtypes, options.op, tell)
+        if options.device == "cuda" and "attention" in (options.op or ["attention"]):
+            record["ops"] += check_attention(dtypes, tell)
         path.write_text(json.dumps(record, indent=1) + "\n")  # before the engine, which may take the process down
     engine = check_engine(options.device) if "engine" in options.parts else None
     path.write_text(json.dumps({**record, "engine": engine}, indent=1) + "\n")

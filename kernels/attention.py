@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _attention_choice
 from ._common import power_of_two, shared_memory
 
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -188,19 +189,24 @@ def _unit_last(x: Tensor) -> Tensor:
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool, block_size: int, *,
-           config: Config | None = None) -> Tensor:
+           config: Config | None = None, backend: str | None = None) -> Tensor:
     """q: (B, Tq, H, D); k: (B, Tk, Hk, D); v: (B, Tk, Hk, Dv); bias: (B or 1, H or 1, Tq or 1, Tk or 1) or None.
 
-    Returns (B, Tq, H, Dv), dense. fp64 has no kernel and takes the reference.
+    Returns (B, Tq, H, Dv), dense. fp64 has no kernel and takes the reference. backend: "triton", "mma", "wgmma" or
+    "sdpa" instead of what _attention_choice.py chooses; a config is Triton's.
     """
     if q.dtype == torch.float64:
         return importlib.import_module("ldmfast.ops.attention").reference(q, k, v, bias, scale, causal, block_size)
     b, queries, heads, depth = q.shape
     keys, depth_v = k.shape[1], v.shape[3]
-    out = q.new_empty((b, queries, heads, depth_v))
-    if out.numel() == 0 or keys == 0:
-        return out.zero_()
+    if b * queries * heads * depth_v == 0 or keys == 0:
+        return q.new_zeros((b, queries, heads, depth_v))
+    if backend is None and config is None:
+        backend = _attention_choice.choice_of(q, k, v, bias is not None, scale, causal, block_size).backend
+    if backend not in (None, "triton"):
+        return _attention_choice.run(backend, q, k, v, scale, causal, block_size)
     q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
+    out = q.new_empty((b, queries, heads, depth_v))
     bias_strides = (0, 0, 0, 0)
     if bias is not None:
         bias_strides = bias.expand(b, heads, queries, keys).stride()

@@ -4,12 +4,17 @@
 //                                             -> one_pass vector splits piece tile_groups tiles blocks, then every
 //                                                (offset, count) of the runs of memory a block reads, for small plans
 //   lincomb ROW ROW_STRIDE COLUMN_STRIDE COLUMNS VALUES... -> indices read, then the columns kept
+//   descriptors ADDRESS PANEL_BYTES           -> wgmma's descriptors of rows and of columns
+//   map SIZES(4) STRIDES(4) ROWS              -> whether a tensor map takes them, its sizes, strides and box
+//   shared                                    -> bytes of the attention kernels: four of mma, six of wgmma
+//   warps BATCH QUERIES HEADS ROWS PROCESSORS -> warps of a block of mma attention
 //   split ELEMENTS VECTOR                     -> groups, start of the rest, rest
 #include <cstdint>
 #include <iostream>
 #include <string>
 #include <vector>
 
+#include "common/attention_cuda_plan.h"
 #include "common/group_norm_plan.h"
 #include "common/lincomb_plan.h"
 
@@ -62,6 +67,33 @@ int main() {
       std::cout << '|';
       for (int j = 0; j < found; ++j) std::cout << ' ' << which[j] << ' ' << coefficients[j];
       std::cout << '\n';
+    } else if (question == "descriptors") {
+      uint32_t address, panel;
+      std::cin >> address >> panel;
+      std::cout << rows_descriptor(address) << ' ' << columns_descriptor(address, panel) << '\n';
+    } else if (question == "map") {
+      int64_t sizes[4], strides[4];
+      int rows;
+      for (int64_t& n : sizes) std::cin >> n;
+      for (int64_t& n : strides) std::cin >> n;
+      std::cin >> rows;
+      const TensorBox b = tensor_box(sizes, strides, 2, rows);
+      std::cout << fits_tensor_map(b);
+      for (const uint64_t n : b.size) std::cout << ' ' << n;
+      for (const uint64_t n : b.stride) std::cout << ' ' << n;
+      for (const uint32_t n : b.box) std::cout << ' ' << n;
+      std::cout << '\n';
+    } else if (question == "shared") {
+      std::cout << MmaTile<40>::shared_bytes(4) << ' ' << MmaTile<72>::shared_bytes(4) << ' '
+                << MmaTile<80>::shared_bytes(4) << ' ' << MmaTile<160>::shared_bytes(4) << ' '
+                << WgmmaTile<40>::shared_bytes << ' ' << WgmmaTile<64>::shared_bytes << ' '
+                << WgmmaTile<72>::shared_bytes << ' ' << WgmmaTile<80>::shared_bytes << ' '
+                << WgmmaTile<128>::shared_bytes << ' ' << WgmmaTile<160>::shared_bytes << '\n';
+    } else if (question == "warps") {
+      AttentionSizes a;
+      int64_t rows, processors;
+      std::cin >> a.batch >> a.queries >> a.heads >> rows >> processors;
+      std::cout << mma_warps(a, int(rows), 4, processors) << '\n';
     } else if (question == "split") {
       int64_t elements;
       int vector;

@@ -1,8 +1,9 @@
 """CUDA C++ kernels on a machine without a GPU.
 
 Compiled by nvcc with its report of registers and spills; their plans (which block has which numbers) compiled for and
-checked on the host; and the kernels themselves run on the host, one thread of the operating system for every CUDA
-thread (tests/cuda_on_host). The last finds wrong indices, joins and missing barriers; it says nothing about a GPU.
+checked on the host; and the kernels themselves run on the host, a coroutine for every CUDA thread, tensor-core and copy
+instructions lane by lane as the PTX manual has them (tests/cuda_on_host). The last finds wrong indices, fragments,
+descriptors and joins, missing waits and barriers; it says nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from ldmfast.ops import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("group_norm_silu", "lincomb")
+SOURCES = ("group_norm_silu", "lincomb")  # attention takes minutes to compile: its built library is read instead
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -48,6 +49,20 @@ def test_compiles_without_spills(source: str) -> None:
     for r in found:
         assert r.spills == 0 and r.stack == 0, r
         assert r.shared <= 48 * 1024, r
+
+
+def test_built_attention_has_no_spills() -> None:
+    """In the library that setup.py built, which the tests of a checkout with nvcc have."""
+    pytest.importorskip("triton", reason="triton, which brings cuobjdump, is not installed")
+    library = ROOT / "ldmfast/libldmfast_cuda.so"
+    if not library.exists():
+        pytest.skip("the CUDA library was not built here")
+    found = [r for r in resources().library_resources(library) if "mma_kernel" in r.kernel]
+    for arch, kernels in (("80", {"mma"}), ("90a", {"mma", "wgmma"}), ("100a", {"mma"})):
+        assert {r.kernel.split("_kernel")[0] for r in found if r.arch == arch} == kernels
+    for r in found:
+        assert r.stack == 0, r
+        assert r.registers <= 255 if r.kernel.startswith("mma") else r.registers == 168, r
 
 
 @needs_nvcc
@@ -96,22 +111,25 @@ def test_report_parser_sees_spills() -> None:
 
 @cache
 def built(folder: Path, name: str) -> Path:
-    flags = ["g++", "-std=c++17", "-O1", "-pthread", "-fno-strict-aliasing", "-w"]
+    flags = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-w"]
     if name == "plan_check":
         target = folder / name
         subprocess.run([*flags, f"-I{ROOT / 'csrc'}", str(ROOT / "tests/plan_check.cpp"), "-o", str(target)],
                        check=True)
+        return target
+    host = ROOT / "tests/cuda_on_host"
+    flags += [f"-I{host}", f"-I{ROOT / 'csrc'}", "-shared", "-fPIC"]
+    target = folder / f"{name}.so"
+    if name == "attention":  # its kernels are headers
+        subprocess.run([*flags, "-x", "c++", str(host / "attention.inc"), "-o", str(target)], check=True)
         return target
     text = (ROOT / f"csrc/cuda/{name}.cu").read_text()
     kernels = text[:text.index({"group_norm_silu": "template <class T, int V>\nvoid run(",
                                 "lincomb": "struct Call {"}[name])]
     kernels = kernels.replace("extern __shared__ uint4 kept[];", "static uint4 kept[2048];")
     source = folder / f"{name}.cpp"
-    host = ROOT / "tests/cuda_on_host"
     source.write_text(kernels + (host / f"{name}.inc").read_text())
-    target = folder / f"{name}.so"
-    subprocess.run([*flags, "-shared", "-fPIC", f"-I{host}", f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)],
-                   check=True)
+    subprocess.run([*flags, str(source), "-o", str(target)], check=True)
     return target
 
 
@@ -256,3 +274,101 @@ def test_lincomb_on_the_host(folder: Path, kinds: str, vector: int) -> None:
                         (ctypes.c_int64 * count)(*(k == "b" for k in kinds)), ctypes.c_int64(count),
                         ctypes.c_int64(vector), pointer(out), ctypes.c_int64(elements), ctypes.c_int64(2))
     within(ROWS["lincomb"], (table, row, inputs), out)
+
+
+ATTENTIONS = {  # batch, queries, keys, heads, key heads, depth, causal, mask block, warps of mma (0: wgmma)
+    **{f"mma_{d}": (1, 70, 77, 1, 1, d, False, 1, 4) for d in (40, 72, 80, 160)},
+    **{f"wgmma_{d}": (1, 70, 77, 1, 1, d, False, 1, 0) for d in (40, 64, 72, 80, 128, 160)},
+    "mma_many_tiles": (1, 130, 333, 2, 2, 40, False, 1, 2),
+    "mma_grouped_causal": (2, 45, 45, 6, 2, 80, True, 1, 1),
+    "mma_block_causal": (1, 100, 100, 2, 2, 160, True, 16, 4),
+    "mma_rows_without_keys": (1, 90, 24, 1, 1, 72, True, 1, 1),
+    "wgmma_many_tiles": (1, 150, 700, 1, 1, 64, False, 1, 0),
+    "wgmma_grouped_causal": (2, 300, 300, 2, 1, 128, True, 1, 0),
+    "wgmma_block_causal": (1, 200, 500, 2, 2, 160, True, 16, 0),
+    "wgmma_rows_without_keys": (1, 290, 24, 2, 2, 64, True, 1, 0),  # a block of queries with no tile at all
+}
+
+
+def run_attention(folder: Path, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool,
+                  block: int, warps: int) -> tuple[torch.Tensor, int]:
+    """In a process of its own, which a kernel whose threads wait for each other ends."""
+    def layout(t: torch.Tensor) -> Any:
+        return (ctypes.c_int64 * 8)(*t.shape, *t.stride())
+
+    library = ctypes.CDLL(str(built(folder, "attention")))
+    library.run_attention.restype = ctypes.c_int64
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+    conflicts = library.run_attention(
+        (ctypes.c_void_p * 3)(q.data_ptr(), k.data_ptr(), v.data_ptr()), layout(q), layout(k), layout(v), pointer(out),
+        ctypes.c_double(scale), ctypes.c_int64(causal), ctypes.c_int64(block),
+        ctypes.c_int64(q.dtype == torch.float16), ctypes.c_int64(warps))
+    return out, conflicts
+
+
+@needs_cxx
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_attention_on_the_host(folder: Path, name: str, dtype: torch.dtype) -> None:
+    batch, queries, keys, heads, kv_heads, depth, causal, block, warps = ATTENTIONS[name]
+    generator = torch.Generator().manual_seed(len(name))
+    if queries == keys and heads == kv_heads:  # read in place from one packed tensor
+        q, k, v = torch.randn(batch, queries, 3, heads, depth, generator=generator).to(dtype).unbind(2)
+    else:
+        q = torch.randn(batch, queries, heads, depth, generator=generator).to(dtype)
+        k, v = (torch.randn(batch, keys, kv_heads, depth, generator=generator).to(dtype) for _ in range(2))
+    out, conflicts = run_attention(folder, 3 * q, k, v, depth**-0.5, causal, block, warps)
+    oracle = ROWS["attention"].reference(3 * q.double(), k.double(), v.double(), None, depth**-0.5, causal, block)
+    args = (3 * q, k, v, None, depth**-0.5, causal, block)
+    low = (ROWS["attention"].peer(*args).double() - oracle).abs()
+    error = (out.double() - oracle).abs()
+    assert error.max() <= 2 * low[~low.isnan()].max() + torch.finfo(dtype).eps * oracle.abs().max()
+    assert conflicts == 0, "rows that a warp reads together lie in one bank"
+
+
+@needs_cxx
+def test_attention_rows_do_not_depend_on_their_block(folder: Path) -> None:
+    """A picture's result must have the same bits whatever its batch: the launcher takes other warps for it."""
+    q, k, v = torch.randn(1, 90, 3, 1, 80, generator=torch.Generator().manual_seed(0)).bfloat16().unbind(2)
+    one, four = (run_attention(folder, q, k, v, 80**-0.5, True, 4, warps)[0] for warps in (1, 4))
+    assert torch.equal(one, four)
+
+
+@needs_cxx
+def test_attention_plans(folder: Path) -> None:
+    """Descriptors bit by bit against the PTX manual's table; maps within the driver's limits; blocks and warps."""
+    rows, columns = map(int, ask(folder, ["descriptors 4096 16384"])[0].split())
+    assert rows == 4096 >> 4 | 1 << 16 | (1024 >> 4) << 32 | 1 << 62
+    assert columns == 4096 >> 4 | (16384 >> 4) << 16 | (1024 >> 4) << 32 | 1 << 62
+    packed, strange = ask(folder, ["map 2 4096 8 40 3932160 960 40 1 128", "map 2 4096 8 40 3932160 963 40 1 128"])
+    assert packed.split() == ["1", "40", "4096", "8", "2", "1920", "80", "7864320", "64", "128", "1", "1"]
+    assert strange.split()[0] == "0"
+    shared = list(map(int, ask(folder, ["shared"])[0].split()))
+    assert len(shared) == 10 and max(shared) <= 227 * 1024 and max(shared[:4]) <= 163 * 1024
+    # SD 1.5 at 512 px: 4096 queries fill 132 multiprocessors with four warps, 256 in 16 heads need two
+    assert ask(folder, ["warps 2 4096 8 32 132", "warps 2 256 8 16 132", "warps 1 3 1 32 132"]) == ["4", "2", "1"]
+
+
+def test_attention_choice() -> None:
+    """What the table says for the networks' calls; a call that a kernel cannot take names its reason."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from ldmfast.kernels import _attention_choice as table
+
+    def choose(depth: int, chip: tuple[int, int], **more: Any) -> str:
+        return table.choose(depth, more.pop("depth_v", depth), 1024, 1024, more.pop("dtype", torch.bfloat16), chip,
+                            heads=more.pop("heads", 8), **more).backend
+
+    hopper = [choose(d, (9, 0)) for d in (40, 64, 72, 80, 128, 160, 512)]
+    assert hopper == ["wgmma", "sdpa", "wgmma", "wgmma", "sdpa", "wgmma", "triton"]
+    assert [choose(d, (8, 0)) for d in (40, 64, 160, 256)] == ["mma", "sdpa", "mma", "triton"]
+    assert [choose(d, (10, 0)) for d in (80, 128)] == ["mma", "sdpa"]
+    assert choose(40, (7, 5)) == choose(40, (9, 0), built=False) == choose(40, (9, 0), readable=False) == "triton"
+    assert choose(128, (9, 0), causal=True, block_size=16) == "wgmma"
+    assert choose(160, (9, 0), heads=2) == "mma", "16 blocks of 128 queries: the larger kernel leaves the chip idle"
+    for more in ({"biased": True}, {"dtype": torch.float32}, {"depth_v": 32}, {"scale": -1.0}):
+        assert choose(40, (9, 0), **more) == "triton", more
+    choice = table.choose(64, 64, 9, 9, torch.float16, (9, 0), heads=4, grouped=True, readable=False)
+    assert choice.backend == "triton" and "16 bytes" in choice.reason
+    packed = torch.zeros(2, 8, 3, 4, 40, dtype=torch.float16)
+    assert all(table.in_place(t) for t in packed.unbind(2))
+    assert not table.in_place(packed[:, :, 0, :, 1:33]) and not table.in_place(packed[:, :1, 0].expand(2, 8, 4, 40))

@@ -155,6 +155,9 @@ inline Tensor empty_strided(const Tensor& t, const Sizes& sizes, const Sizes& st
 // LDMFAST_CUDA_KERNEL(op) at the bottom of csrc/cuda/<op>.cu.
 #define LDMFAST_CUDA_KERNEL(op) \
   STABLE_TORCH_LIBRARY_IMPL(ldmfast, CUDA, m) { m.impl(#op, LDMFAST_BOX(&::ldmfast::cuda::op)); }
+// The same for a kernel that takes part of the calls only: registered as <op>_cuda, which ldmfast/ops/<op>.py calls.
+#define LDMFAST_CUDA_PART_KERNEL(op) \
+  STABLE_TORCH_LIBRARY_IMPL(ldmfast, CUDA, m) { m.impl(#op "_cuda", LDMFAST_BOX(&::ldmfast::cuda::op)); }
 
 #ifdef USE_CUDA
 namespace ldmfast::cuda {

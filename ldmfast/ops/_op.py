@@ -108,12 +108,19 @@ class Op:
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{self.name}", key)
 
     def live(self, device: str = "cpu") -> str:
-        """The backend that a call on this device runs: "reference", "cpp", "cuda" or "triton"."""
+        """The backend that a call on this device runs: "reference", "cpp", "cuda", "triton", or "cuda or triton" where
+        it depends on the call."""
         if not self.has_kernel(device):
             return "reference"
         if device == "cpu":
             return "cpp"
-        return "triton" if self.name in _TRITON else "cuda"
+        if self.name not in _TRITON:
+            return "cuda"
+        part = f"{self.name}_cuda"
+        if not hasattr(getattr(torch.ops, NAMESPACE), part):
+            return "triton"
+        built = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{part}", "CUDA")
+        return "cuda or triton" if built else "triton"
 
 
 _TRITON: set[str] = set()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LdmfastError, ShapeError
-from ._op import Case, Cost, Draw, Op, accumulator, case, nbytes, register, shape_of
+from ._op import LIBRARY, Case, Cost, Draw, Op, accumulator, case, nbytes, register, shape_of
 
 _QUERY_CHUNK = 512  # the reference is also the fallback: bounds its score matrix
 
@@ -129,6 +129,10 @@ def cases() -> Iterator[Case]:
 
 _call = register(Op("attention", "(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, bool causal, "
                     "int block_size) -> Tensor", reference, fake, cases, cost, peer))
+
+# The calls that kernels in CUDA C++ take; kernels/_attention_choice.py says which, and what runs the others.
+LIBRARY.define("attention_cuda(Tensor q, Tensor k, Tensor v, float scale, bool causal, int block_size, int kernel) "
+               "-> Tensor")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
