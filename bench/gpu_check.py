@@ -28,7 +28,9 @@ import parity
 
 
 def back(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else tuple(v.cpu() for v in value)
+    if isinstance(value, tuple):
+        return tuple(v.cpu() for v in value)
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def check_ops(device: str, dtypes: tuple[torch.dtype, ...], only: list[str] | None, tell: Callable[[str], None]
@@ -40,7 +42,11 @@ def check_ops(device: str, dtypes: tuple[torch.dtype, ...], only: list[str] | No
         for dtype in dtypes:
             for case in parity.small_cases(row):
                 def run(*args: Any, row: Any = row) -> Any:
-                    return back(row.overload(*to_device(args, device)))
+                    there = to_device(args, device)
+                    out = back(row.overload(*there))
+                    if row.writes:
+                        args[0].copy_(there[0])
+                    return out
                 try:
                     wrong = parity.failure(row, case, dtype, run=run)
                 except Exception as error:  # one kernel that does not start must not hide the others
