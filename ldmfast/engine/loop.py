@@ -53,7 +53,9 @@ class Loop:
         self.denoiser = copy.copy(denoiser)
         self.extra = None if denoiser.extra is None else torch.empty_like(denoiser.extra)
         self.states = [room(s, rows) for s in denoiser.states]
-        vars(self.denoiser).update(states=[], extra=None, pipe=None, request=None)  # the call's own are not kept
+        # the call's own are not kept
+        vars(self.denoiser).update(states=[], extra=None, unet=unet, unets=[], pipe=None, request=None,
+                                   network_time=None)
         self.unet, self.sides = unet, Sides(unet)
         embed = getattr(unet, "pos_embed", None)
         self.positions = embed.positions(x) if isinstance(embed, PatchEmbed) else None  # nobody else keeps them
