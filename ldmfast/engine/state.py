@@ -39,7 +39,8 @@ def shape_of(state: Any) -> tuple[Any, ...]:
     widths = state.widths if isinstance(state, UNetState) else None
     absent = (None if isinstance(state, JointState) else state.prompt_bias is None)
     spans = state.spans if isinstance(state, TransformerState) else ()
-    return type(state).__name__, spans, tuple((tuple(t.shape[1:]), t.dtype) for t in by_time(state)), fixed, widths, absent
+    timed = tuple((tuple(t.shape[1:]), t.dtype) for t in by_time(state))
+    return type(state).__name__, spans, timed, fixed, widths, absent
 
 
 def room(state: Any, rows: int) -> Any:
