@@ -13,7 +13,7 @@
 #   attention every kernel of ours against every one of torch's, and the table that follows from it
 #   ops       every op's time, against torch's way and the measured roofline
 #   profile   one step of both networks by kernel and by op
-#   batches   throughput: SDXL and SD 1.5 in larger batches
+#   batches   throughput: SDXL and SD 1.5 in larger batches, SDXL in fp8, too
 #   compiled  torch.compile (max-autotune) against ours: SD 1.5, then SDXL (autotuning takes minutes)
 #   sanitize  compute-sanitizer's memcheck and racecheck over the CUDA kernels
 #   all       all of them; more than one command's time
@@ -50,6 +50,10 @@ install() {
     export LDMFAST_COMMIT
 }
 
+needs_gpu() {  # what a dry run leaves out
+    [ -z "$DRY" ] || echo "== needs a GPU, not in a dry run: $*"
+}
+
 run() {  # name, command...: bounded, logged, never fatal
     local name=$1 status
     shift
@@ -77,26 +81,40 @@ stage() {
     fi
     case $1 in
         check)
+            needs_gpu "the kernels of every op (here: lincomb and upsample2x of the CPU), CUDA graphs (here: the stand-in)"
             run facts "$PYTHON" -P -c 'import ldmfast, sys; print(sys.version, ldmfast.__file__, ldmfast.info(), sep="\n")'
             bench check gpu_check --device $device "${check[@]}" ;;
-        attention) bench attention gpu_attention --device $device "${few[@]}" ;;
-        sdxl) bench sdxl gpu_e2e --device $device --model $large --steps $steps --rounds $rounds \
+        attention)
+            needs_gpu "every backend of attention (here: the harness alone)"
+            bench attention gpu_attention --device $device "${few[@]}" ;;
+        sdxl)
+            needs_gpu "SDXL at 1024 (here: a small network), CUDA graphs, fp8 on tensor cores"
+            bench sdxl gpu_e2e --device $device --model $large --steps $steps --rounds $rounds \
+                  --arms ours "ours fp8" "ours eager" eager ;;
+        sd15)
+            needs_gpu "SD 1.5 at 512 (here: a small network), CUDA graphs"
+            bench sd15 gpu_e2e --device $device --model $small --steps $more --rounds $rounds \
                   --arms ours "ours eager" eager ;;
-        sd15) bench sd15 gpu_e2e --device $device --model $small --steps $more --rounds $rounds \
-                  --arms ours "ours eager" eager ;;
-        ops) bench ops ops --device $device --dtype bfloat16 float16 "${ops[@]}" ;;
+        ops)
+            needs_gpu "Triton's and CUDA's kernels (here: one case of lincomb on the CPU)"
+            bench ops ops --device $device --dtype bfloat16 float16 "${ops[@]}" ;;
         profile)
+            needs_gpu "times of single kernels by CUDA events"
             bench profile-large step_profile --device $device --model $large
             bench profile-small step_profile --device $device --model $small ;;
         batches)
-            bench sdxl-batches gpu_e2e --device $device --model $large --steps 20 --rounds 2 --batch "${many[@]}"
+            needs_gpu "batches of 4, 8 and 16 (here: 2)"
+            bench sdxl-batches gpu_e2e --device $device --model $large --steps 20 --rounds 2 --batch "${many[@]}" \
+                --arms ours "ours fp8" eager
             bench sd15-batches gpu_e2e --device $device --model $small --steps 20 --rounds 2 --batch "${many[@]}" ;;
         compiled)
+            needs_gpu "max-autotune (here: torch.compile's eager backend)"
             export TORCHINDUCTOR_CACHE_DIR="${TMPDIR:-/tmp}/inductor"  # a second try goes on from here
             bench sd15-compiled gpu_e2e --device $device --model $small --steps $more --rounds $rounds --arms ours compiled
             bench sdxl-compiled gpu_e2e --device $device --model $large --steps $steps --rounds $rounds \
                 --arms ours compiled ;;
         sanitize)
+            needs_gpu "compute-sanitizer and the CUDA kernels (here: the checks alone)"
             for tool in memcheck racecheck; do
                 for op in group_norm_silu lincomb attention; do
                     command=("$PYTHON" bench/gpu_check.py --parts ops --op "$op" --dtype bfloat16 --device "$device"

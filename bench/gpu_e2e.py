@@ -47,18 +47,20 @@ class Bench:
 
     def arm(self, name: str) -> tuple[Call, str]:
         return {"ours": self.ours, "ours eager": lambda: self.ours(graphs=False), "eager": self.theirs,
+                "ours fp8": lambda: self.ours(eight="fp8"), "ours int8": lambda: self.ours(eight="int8"),
                 "compiled": lambda: self.theirs(compiled=True)}[name]()
 
-    def ours(self, graphs: bool = True) -> tuple[Call, str]:
-        pipe = pipeline(self.model, self.dtype, self.device, self.parts)
+    def ours(self, graphs: bool = True, eight: str | None = None) -> tuple[Call, str]:
+        pipe = pipeline(self.model, self.dtype, self.device, self.parts, eight)
         if not graphs:
             pipe.engine = None
         elif self.device == "cpu":
             pipe.engine = Engine(RecordedGraphs())
-        self.pipe = pipe
+        self.pipe, kind = pipe, next(pipe.unet.parameters()).dtype
+        given = {k: v.to(kind) if isinstance(v, torch.Tensor) else v for k, v in self.call.items()}
 
         def call(decode: bool) -> Any:
-            return pipe(**self.call, latents=self.start, solver="ddim", progress=False,
+            return pipe(**given, latents=self.start, solver="ddim", progress=False,
                         output_type="pt" if decode else "latent").images
 
         return call, f"precision={pipe.precision}, {'one graph a step' if graphs else 'eager'}"
@@ -97,7 +99,9 @@ class Bench:
             pooled = torch.cat([call["negative_pooled_prompt_embeds"][:1], call["pooled_prompt_embeds"][:1]])
             added = {"text_embeds": pooled, "time_ids": torch.ones(2, 6, device=x.device, dtype=x.dtype)}
         with torch.inference_mode():
-            ours = self.pipe.unet(x, 500.0, text, added_cond_kwargs=added)
+            kind = next(self.pipe.unet.parameters()).dtype
+            own = {k: v.to(kind) for k, v in (added or {}).items()} or None
+            ours = self.pipe.unet(x.to(kind), 500.0, text.to(kind), added_cond_kwargs=own)
             theirs = unet(x, 500.0, text, added_cond_kwargs=added, return_dict=False)[0]
             exact = {k: v.float() for k, v in (added or {}).items()} or None
             unet.float()
@@ -135,7 +139,7 @@ def measure(bench: Bench, arms: list[str], rounds: int, save: Callable[[dict[str
         try:
             calls[name], rows[name] = start(bench, name)
             latents[name] = calls[name](False).float()
-            if name == "ours":
+            if name in ("ours", "ours fp8", "ours int8"):
                 rows[name]["unet_error"] = bench.errors()
         except Exception as error:  # whatever stops one arm is told in its row, and the others go on
             rows[name] = {"unavailable": reason(error)}
@@ -163,7 +167,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--arms", nargs="*", default=["ours", "eager"],
-                        choices=["ours", "ours eager", "eager", "compiled"])
+                        choices=["ours", "ours eager", "ours fp8", "ours int8", "eager", "compiled"])
     parser.add_argument("--out", type=Path, default=None, help="folder (default: bench/results/<device>)")
     args = parser.parse_args()
     facts = conditions(args.device)

@@ -73,15 +73,20 @@ def modules(model: Model, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
             random_module(diffusers.AutoencoderKL, {**model.vae, "force_upcast": False}, dtype, device, 1))
 
 
-def pipeline(model: Model, dtype: torch.dtype, device: str, given: tuple[Any, Any] | None = None) -> ldmfast.Pipeline:
-    """ldmfast's pipeline on those modules' numbers, packed as loading packs them; without text encoders."""
+def pipeline(model: Model, dtype: torch.dtype, device: str, given: tuple[Any, Any] | None = None,
+             eight: str | None = None) -> ldmfast.Pipeline:
+    """ldmfast's pipeline on those modules' numbers, packed as loading packs them; without text encoders. eight: "fp8"
+    or "int8" for the UNet's linears, all else in bf16."""
     where = torch.device(device)
     name = {torch.float32: "exact", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     if not model.unet:
         return ldmfast.Pipeline.tiny(dtype=dtype, device=device)
-    parts = [ldmfast.models.from_diffusers(m, dtype=m.dtype) for m in given or modules(model, dtype, device)]
+    unet, vae = given or modules(model, dtype, device)
+    rest = torch.bfloat16 if eight else dtype
+    parts = [ldmfast.models.from_diffusers(unet, dtype=rest, precision=eight or "exact"),
+             ldmfast.models.from_diffusers(vae, dtype=rest)]
     loaded = Components(*parts, (), Schedule.from_config(SCHEDULE), SCHEDULE)
-    return ldmfast.Pipeline(loaded, precision=name, device=where, source=f"random {model.name}")
+    return ldmfast.Pipeline(loaded, precision=eight or name, device=where, source=f"random {model.name}")
 
 
 def embeddings(model: Model, dtype: torch.dtype, device: str, pictures: int = 1) -> dict[str, Tensor]:

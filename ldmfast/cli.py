@@ -101,7 +101,7 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="Start from this picture (image to image).")] = None,
     mask: Annotated[Path | None, typer.Option(help="With --image: repaint only where this picture is white.")] = None,
     strength: Annotated[float | None, typer.Option(help="0 to 1: how much of --image is redrawn.")] = None,
-    precision: Annotated[str | None, typer.Option(help="exact (fp32, default), bf16, int8, or auto.")] = None,
+    precision: Annotated[str | None, typer.Option(help="exact (fp32, default), bf16, int8, fp8, or auto.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     from_png: Annotated[Path | None, typer.Option(help="Repeat the picture in this PNG, bit for bit; only --model, "
                                                        "--out, --image and --mask may be given beside it.")] = None,

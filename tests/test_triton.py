@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import parity
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("attention", "gate_residual", "geglu", "geglu_tanh", "group_norm_silu", "layer_norm_modulate", "lincomb",
-       "philox_normal", "qk_norm_rope", "quantize_rowwise", "rms_norm", "swiglu", "upsample2x")
+OPS = ("attention", "gate_residual", "geglu", "geglu_tanh", "group_norm_silu", "kv_append", "kv_gather",
+       "layer_norm_modulate", "lincomb", "philox_normal", "qk_norm_rope", "quantize_rowwise", "rms_norm", "swiglu",
+       "upsample2x")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTERPRETED_BYTES = 1e6  # larger cases take the interpreter seconds; the kernels do not know sizes apart
 INTERPRETED_FLOPS = 5e7
@@ -86,6 +87,9 @@ def extra_cases(module: Any, op: str) -> Iterator[tuple[str, str, dict]]:
     if op == "qk_norm_rope":
         for name in ("ragged", "halves"):
             yield f"{name} head by head", name, {"config": module.Config(1, 1)}
+    if op in ("kv_append", "kv_gather"):
+        for name in ("ragged", "misaligned", "goes_round" if op == "kv_append" else "reordered"):
+            yield f"{name} pieces", name, {"config": module.Config(4, 16, 1)}
     if op == "attention":
         for name in ("block_causal", "causal_longer_queries", "bias_keys_masked_row", "packed_qkv", "sharp"):
             yield f"{name} tiles", name, {"config": module.Config(32, 16, 4, 1)}
@@ -94,10 +98,14 @@ def extra_cases(module: Any, op: str) -> Iterator[tuple[str, str, dict]]:
 def examine(row: Any, label: str, args: tuple, dtype: torch.dtype, options: dict) -> dict:
     from ldmfast.ops import _load
 
-    out = _load.kernel_module(row.name).launch(*args, **options)
-    like = row.fake(*args)
+    launch = _load.kernel_module(row.name).launch
     record = {"op": row.name, "case": label, "dtype": str(dtype).removeprefix("torch."), "excess": 0.0, "error": 0.0,
               "layout": True}
+    before = parity.copied(args)
+    out, like = launch(*args, **options), row.fake(*args)
+    if row.name in parity.MOVES:
+        wrong = parity.moved(row, before, args, out)
+        return {**record, "wrong": wrong, "excess": float(bool(wrong))}
     if isinstance(out, tuple):
         wrong = parity.wrong_row_codes(row, args, *out)
         return {**record, "wrong": wrong, "excess": float(bool(wrong))}
@@ -214,6 +222,9 @@ def test_sizes_of_one_compile() -> None:
              ("qk_norm_rope", (e(1, 1, 3, 1, 2), None, *[None] * 4, e(1, 1, 1), e(1, 1, 1), False, None)),
              ("group_norm_silu", (e(1, 1, 1, 1), e(1, 1), 1, e(1), e(1), 1e-5, True)),
              ("group_norm_silu", (e(1, 1, 1, 40000), e(1, 1), 1, e(1), e(1), 1e-5, True)),
+             ("kv_append", (e(1, 1, 1), e(1, 1, 1), e(1, 1, dtype=torch.int64), True)),
+             ("kv_gather", (e(1, 1, 1, dtype=torch.float64),
+                            e(1, 1, dtype=torch.int64), e(1, dtype=torch.int64), True)),
              ("lincomb", (e(1, 1, dtype=torch.float64), None, [e(dtype=torch.float64)])),
              ("attention", (e(1, 1, 1, 8), e(1, 1, 1, 8), e(1, 1, 1, 8), e(1, 1, 1, 1), 1.0, True, 1))]
     for op, arguments in calls:

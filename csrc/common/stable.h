@@ -43,7 +43,7 @@ constexpr bool is_boxable = std::is_same_v<T, Tensor> || std::is_same_v<T, Optio
                             std::is_same_v<T, std::optional<double>> || std::is_same_v<T, std::optional<int64_t>>;
 
 template <class R>
-constexpr bool is_result = is_boxable<R>;
+constexpr bool is_result = is_boxable<R> || std::is_void_v<R>;
 template <class... R>
 constexpr bool is_result<std::tuple<R...>> = (is_boxable<R> && ...);
 

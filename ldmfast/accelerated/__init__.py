@@ -40,9 +40,10 @@ def accelerate(obj: T, precision: str = "exact", solver: str | None = None) -> T
 
     obj: models of the classes in ``ldmfast.models.REGISTRY`` are accelerated, others are left alone;
     ``obj.ldmfast_report`` says which (and is logged). precision: "exact" (diffusers' result to 1e-4 in fp32; weights
-    are shared, nothing is copied), "bf16" or "int8" (packed copies beside diffusers' weights, which stay as they are;
-    autoencoders take bf16 for int8; results have the dtype of diffusers' weights). solver: also replaces a pipeline's
-    scheduler by ``ldmfast.samplers.diffusers_shell``'s: one of ``ldmfast.samplers.SOLVERS``, or diffusers' class name.
+    are shared, nothing is copied), "bf16", "int8" or "fp8" (packed copies beside diffusers' weights, which stay as they
+    are; autoencoders take bf16 for 8 bits; results have the dtype of diffusers' weights). solver: also replaces a
+    pipeline's scheduler by ``ldmfast.samplers.diffusers_shell``'s: one of ``ldmfast.samplers.SOLVERS``, or diffusers'
+    class name.
 
     A call that the native network cannot serve (gradients, LoRA layers, changed attention processors, hooks on
     submodules, FreeU, autocast, ...) runs diffusers' own forward and warns once, naming the reason. The model follows
@@ -50,8 +51,8 @@ def accelerate(obj: T, precision: str = "exact", solver: str | None = None) -> T
     Raises LdmfastError for something else than a pipeline or model and for an unknown solver, PrecisionError for
     another precision.
     """
-    if precision not in ("exact", "bf16", "int8"):
-        raise PrecisionError(f"precision {precision!r} is not available here; choose 'exact', 'bf16' or 'int8'")
+    if precision not in ("exact", "bf16", "int8", "fp8"):
+        raise PrecisionError(f"precision {precision!r} is not available here; choose 'exact', 'bf16', 'int8' or 'fp8'")
     report, models = Report(precision), _models(obj)
     if solver is not None:
         put(obj, solver)

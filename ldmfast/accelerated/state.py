@@ -72,7 +72,7 @@ class State:
     def _look(self, model: Any, before: Verdict | None) -> Verdict:
         structure, name = Structure(model), type(model).__name__
         # bf16 for autoencoders, as in our own pipelines: 8 bits in a decoder are seen
-        precision = "bf16" if self.precision == "int8" and "decoder" in CALLS[name] else self.precision
+        precision = "bf16" if self.precision in ("int8", "fp8") and "decoder" in CALLS[name] else self.precision
         if self._blueprint is None or self._blueprint.config is not model.config:
             self._blueprint = Blueprint(model)
         reason = self._blueprint.difference(model, whole="" in CALLS[name])

@@ -8,17 +8,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LdmfastError
-from ..models.unet_state import UNetState
+from ..models.transformer_blocks import TransformerState
 from ..samplers.sample import Generators, StepCallback, noise_source
 from ..samplers.step_table import StepTable
 from .graphs import CaptureError, Graphs
 from .loop import Loop, key
+from .sides import identity, own
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -46,9 +48,10 @@ class Function:
 
 @dataclass
 class _Entry:
-    """work: what was recorded, or why it could not be."""
+    """who: sides.identity of the module. work: what was recorded, or why it could not be."""
 
     module: nn.Module
+    who: Hashable
     work: Loop | Function | str
 
 
@@ -86,21 +89,21 @@ class Engine:
             return work.run(table, noise_source(generator, x), callback, before_stage)
 
         return self._run(denoiser.unet, ("loop", key(denoiser, x, table)),
-                         lambda: Loop(denoiser, x, table, self.graphs), run)
+                         lambda unet: Loop(denoiser, unet, x, table, self.graphs), run)
 
     def call(self, module: nn.Module, name: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
         """function(x), which is a method of ``module`` and depends on nothing but x and ``name``; or None."""
-        return self._run(module, (name, tuple(x.shape), x.dtype), lambda: Function(function, x, self.graphs),
+        return self._run(module, (name, tuple(x.shape), x.dtype), lambda _: Function(function, x, self.graphs),
                          lambda work: work(x))
 
-    def _run(self, module: nn.Module, key: Hashable, record: Callable[[], Any], run: Callable[[Any], Tensor]
-             ) -> Tensor | None:
+    def _run(self, module: nn.Module, key: Hashable, record: Callable[[nn.Module], Any],
+             run: Callable[[Any], Tensor]) -> Tensor | None:
         with self._alone() as free:
             if not free:
                 self._tell("a callback called the pipeline while its own call was running")
                 return None
             with torch.inference_mode(), self.graphs.order():
-                work = self._work(module, (key, id(module)), record)
+                work = self._work(module, key, record)
                 if isinstance(work, str):
                     self._tell(work)
                     return None
@@ -117,7 +120,9 @@ class Engine:
             self._forget(list(self._entries))
             self._watches.clear()
 
-    def _work(self, module: nn.Module, key: Hashable, record: Callable[[], Any]) -> Loop | Function | str:
+    def _work(self, module: nn.Module, key: Hashable, record: Callable[[nn.Module], Any]) -> Loop | Function | str:
+        who = identity(module)
+        key, module = (key, who), self._owned(module, who)
         watch = self._watches.get(id(module))
         if watch is not None and watch.moved():
             self._forget([k for k, e in self._entries.items() if e.module is module])
@@ -128,11 +133,18 @@ class Engine:
             return "forward hooks are registered, which a replay would not call"
         if key not in self._entries:
             self._forget(list(self._entries)[: max(0, len(self._entries) + 1 - self.limit)])
-            self._entries[key] = _Entry(module, self._record(record))
+            self._entries[key] = _Entry(module, who, self._record(partial(record, module)))
             used = {id(e.module) for e in self._entries.values()}  # a watch holds its module, with all its weights
             self._watches = {i: w for i, w in self._watches.items() if i in used}
         self._entries.move_to_end(key)
         return self._entries[key].work
+
+    def _owned(self, module: nn.Module, who: Hashable) -> nn.Module:
+        """The network that is recorded for this one: itself, or with adapters the one whose buffers they go into."""
+        if who == id(module):
+            return module
+        kept = next((e.module for e in self._entries.values() if e.who == who), None)
+        return kept or own(module)
 
     def _record(self, record: Callable[[], Any]) -> Any:
         try:
@@ -170,8 +182,10 @@ class Engine:
 
 
 def _refusal(denoiser: Denoiser, table: StepTable) -> str:
-    if not all(isinstance(s, UNetState) for s in denoiser.states):
-        return "only UNets are recorded so far"
+    if any(isinstance(s, TransformerState) and s.rows is None for s in denoiser.states):
+        return "the modulations of all steps would not fit into their share of the memory"
+    if getattr(denoiser, "skipping", None):
+        return "skip-layer guidance evaluates another network at some of the steps"
     if table.clip is not None:
         return f"{table.solver} clips the predicted picture, which is not linear"
     if denoiser.casts > 1:

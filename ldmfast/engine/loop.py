@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
-from ..models.unet_state import UNetState
+from ..models.transformer_blocks import PatchEmbed
 from ..samplers.sample import NoiseFunction, StepCallback, StopSampling
 from ..samplers.step_table import StepTable
 from .graphs import Graphs
+from .sides import Sides
+from .state import State, fill, room, shape_of
 
 if TYPE_CHECKING:
     from ..pipelines.denoiser import Denoiser
@@ -31,8 +33,7 @@ def capacity(table: StepTable) -> int:
 def key(denoiser: Denoiser, x: Tensor, table: StepTable) -> Hashable:
     """What a recorded stage depends on. Not in it, because it is read from buffers: coefficients, times, prompts,
     noise, the guidance scale (but where guidance is rescaled, which is not linear)."""
-    states = [(s.times.shape[1:], s.widths, tuple(k.shape for k, _ in s.prompts),
-               None if s.prompt_bias is None else s.prompt_bias.shape) for s in denoiser.states]
+    states = [shape_of(s) for s in denoiser.states]
     rescaled = (denoiser.guidance_scale, denoiser.guidance_rescale) if denoiser.guidance_rescale > 0 else None
     extra = None if denoiser.extra is None else denoiser.extra.shape
     return (tuple(x.shape), x.dtype, denoiser.dtype, denoiser.branches, tuple(states), extra, rescaled, table.columns,
@@ -46,12 +47,18 @@ class Loop:
     stage counts it up itself. matrices: (capacity, 1 + registers, columns) and c_in: (capacity, 1), float64.
     """
 
-    def __init__(self, denoiser: Denoiser, x: Tensor, table: StepTable, graphs: Graphs) -> None:
+    def __init__(self, denoiser: Denoiser, unet: nn.Module, x: Tensor, table: StepTable, graphs: Graphs) -> None:
+        """unet: the denoiser's, or its like with adapters in buffers (``sides.own``)."""
         rows, device = capacity(table), x.device
         self.denoiser = copy.copy(denoiser)
         self.extra = None if denoiser.extra is None else torch.empty_like(denoiser.extra)
-        self.states = [_room(s, rows) for s in denoiser.states]
-        self.denoiser.states, self.denoiser.extra = [], None  # the call's own are not kept
+        self.states = [room(s, rows) for s in denoiser.states]
+        # the call's own are not kept
+        vars(self.denoiser).update(states=[], extra=None, unet=unet, unets=[], pipe=None, request=None,
+                                   network_time=None)
+        self.unet, self.sides = unet, Sides(unet)
+        embed = getattr(unet, "pos_embed", None)
+        self.positions = embed.positions(x) if isinstance(embed, PatchEmbed) else None  # nobody else keeps them
         self.x, self.noise = torch.empty_like(x), torch.zeros_like(x)
         self.registers = [torch.zeros_like(x) for _ in range(table.num_registers)]
         self.stage = torch.zeros(1, dtype=torch.int64, device=device)
@@ -65,29 +72,24 @@ class Loop:
 
     def load(self, denoiser: Denoiser, x: Tensor, table: StepTable) -> None:
         """Puts a call's start, conditions and coefficients into the buffers; the next stage is the first."""
-        state = denoiser.states[0]
+        self.sides.load(denoiser.unet)
         self.x.copy_(x)
         self.stage.zero_()
         for register in self.registers:
             register.zero_()
         _put(self.matrices, table.matrices)
         _put(self.c_in, table.c_in[:, None])
-        _put(self.time_rows, np.array([state.rows[t] for t in table.network_times.tolist()], dtype=np.int64))
+        _put(self.time_rows, np.array([denoiser.row(t) for t in table.network_times.tolist()], dtype=np.int64))
         if self.extra is not None and denoiser.extra is not None:
             self.extra.copy_(denoiser.extra)
         for kept, given in zip(self.states, denoiser.states):
-            kept.times[: len(given.times)].copy_(given.times)
-            if given.prompts:
-                torch._foreach_copy_([t for kv in kept.prompts for t in kv], [t for kv in given.prompts for t in kv])
-            if kept.prompt_bias is not None and given.prompt_bias is not None:
-                kept.prompt_bias.copy_(given.prompt_bias)
+            fill(kept, given)
 
     def _stage(self) -> None:
         """One network evaluation and S <- M S, all rows from device memory."""
         x = self.x if not self.scaled else ops.lincomb(self.c_in, self.stage, [self.x])
         row = self.time_rows.index_select(0, self.stage)
-        unet = self.denoiser.unet
-        networks: list[Callable[[Tensor], Tensor]] = [partial(_evaluate, unet, s, row) for s in self.states]
+        networks: list[Callable[[Tensor], Tensor]] = [partial(_evaluate, self.unet, s, row) for s in self.states]
         outs = self.denoiser.predict(x, self.extra, networks)
         columns = [self.x, *([outs] if isinstance(outs, Tensor) else outs), self.noise, *self.registers]
         kept = [self.x, *self.registers]
@@ -116,16 +118,8 @@ class Loop:
         return self.x.clone()
 
 
-def _evaluate(unet: Any, state: UNetState, row: Tensor, sample: Tensor) -> Tensor:
+def _evaluate(unet: Any, state: State, row: Tensor, sample: Tensor) -> Tensor:
     return unet.run(sample, state.step_at(row, len(sample)))
-
-
-def _room(state: UNetState, rows: int) -> UNetState:
-    """Empty buffers like a state's tensors, for ``rows`` timesteps."""
-    times = state.times.new_zeros(rows, *state.times.shape[1:])
-    prompts = tuple((torch.empty_like(k), torch.empty_like(v)) for k, v in state.prompts)
-    bias = None if state.prompt_bias is None else torch.empty_like(state.prompt_bias)
-    return UNetState({}, times, state.widths, prompts, bias, state.batch)
 
 
 def _put(buffer: Tensor, values: np.ndarray) -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..models.gemm import Conv2d, rows_to_int8
+from ..models.rowwise import RowwiseWeight
 from .side import Layer, Pair
 from .twin import shallow
 
 
 def fused(layer: Layer, pairs: Sequence[tuple[Pair, float]], known: dict[int, Any]) -> Layer:
     """The layer with the adapters in its weight. known: what was fused already of the tensors that several layers
-    share (a network's variants); empty at first. An int8 layer is rounded to 8 bits again."""
+    share (a network's variants); empty at first. An 8-bit layer is rounded again."""
     new = shallow(layer)
     weight = layer._parameters["weight"]
     held = layer.layout if isinstance(layer, Conv2d) else None
@@ -36,6 +37,11 @@ def fused(layer: Layer, pairs: Sequence[tuple[Pair, float]], known: dict[int, An
             scratch.quantize(*rows_to_int8(sums), keep=True)
             known[id(layer.int8)] = scratch.int8
         new.int8 = known[id(layer.int8)]
+    rowwise = getattr(layer, "rowwise", None)
+    if rowwise is not None:
+        if id(rowwise) not in known:
+            known[id(rowwise)] = RowwiseWeight(_added(rowwise.dense(torch.float32), pairs), rowwise.bias, rowwise.form)
+        vars(new)["_modules"]["rowwise"] = known[id(rowwise)]
     return new
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, PrecisionError
-from ..quantization import Plan
 from .autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Posterior
 from .autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from .base import Config, Model
@@ -19,6 +18,7 @@ from .dit import DiT, DiTConfig
 from .flux import FluxTransformer2D, FluxTransformer2DConfig
 from .joint_blocks import JointState
 from .pixart import PixArt, PixArtConfig
+from .rowwise import plan_for
 from .sd3 import SD3Transformer2D, SD3Transformer2DConfig
 from .transformer_blocks import TransformerState
 from .unet_2d import UNet2D
@@ -50,12 +50,14 @@ def from_diffusers(module: nn.Module, dtype: torch.dtype | None = None, precisio
     """The native model of a diffusers model, or of transformers' text encoder, sharing the storage of its parameters.
 
     module: an instance of a class named in REGISTRY or TEXT_ENCODERS, or of a subclass. dtype: converts (and so copies)
-    the weights. precision: "exact" (the weights' own dtype), "bf16", or "int8" (W8A8 products, the rest in bf16; a
-    linear or convolution is left in bf16 where ``quantization.can_be_int8`` says so).
-    Raises CheckpointError for another class or an unsupported config, PrecisionError for another precision.
+    the weights. precision: "exact" (the weights' own dtype), "bf16", "int8" (W8A8 products, the rest in bf16; a
+    linear or convolution is left in bf16 where ``quantization.can_be_int8`` says so; on a GPU linears only), or "fp8"
+    (e4m3 products of linears, likewise).
+    Raises CheckpointError for another class or an unsupported config, PrecisionError for another precision, or one
+    that the weights' device is too old for.
     """
-    if precision not in ("exact", "bf16", "int8"):
-        raise PrecisionError(f"precision {precision!r} is not available here; choose 'exact', 'bf16' or 'int8'")
+    if precision not in ("exact", "bf16", "int8", "fp8"):
+        raise PrecisionError(f"precision {precision!r} is not available here; choose 'exact', 'bf16', 'int8' or 'fp8'")
     names = [c.__name__ for c in type(module).__mro__]
     kinds = REGISTRY | TEXT_ENCODERS
     found = next((n for n in names if n in kinds), None)
@@ -66,8 +68,8 @@ def from_diffusers(module: nn.Module, dtype: torch.dtype | None = None, precisio
     weights = module.state_dict()
     build = kinds[found][1].from_weights
     wanted = dtype or (None if precision == "exact" else torch.bfloat16)
-    return build(settings, weights, pack=wanted is not None, int8=Plan() if precision == "int8" else None,
-                 dtype=wanted)
+    where = next((t.device for t in weights.values()), torch.device("cpu"))
+    return build(settings, weights, pack=wanted is not None, int8=plan_for(precision, where), dtype=wanted)
 
 
 __all__ = [

@@ -17,6 +17,7 @@ from ..quantization import Plan
 from .config_values import check_values
 from .gemm import Conv2d, Linear, rows_to_int8
 from .layers import Joined
+from .rowwise import FORMS, fits
 
 C = TypeVar("C", bound="Config")
 M = TypeVar("M", bound="Model")
@@ -202,10 +203,17 @@ class _Unit:
             name = f"{name}.{self.joined}"
             module = model.get_submodule(name)
         assert isinstance(module, (Linear, Conv2d))
-        eight = rows_to_int8(module.weight) if int8 is not None and int8.needs_int8(name) else None
+        needed = int8 is not None and int8.needs_int8(name)
+        by_rows = int8 is not None and int8.form in FORMS
+        if int8 is not None and needed and by_rows and isinstance(module, Linear) and fits(module.weight):
+            if module.bias is not None and dtype is not None:
+                module.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+            module.quantize_rows(int8.form)
+            return
+        eight = rows_to_int8(module.weight) if needed and not by_rows else None
         if dtype is not None:
             module.to(dtype)
-        if int8 is None or int8.needs_float(name):
+        if int8 is None or by_rows or int8.needs_float(name):
             module.pack()
         if eight is not None and int8 is not None:
             module.quantize(*eight, keep=int8.needs_float(name))

@@ -16,7 +16,7 @@ from .direct import Direct
 from .gemm import Linear
 from .layers import by_rows
 from .single_file import FromSingleFile
-from .transformer_blocks import Block, LayerNorm, PatchEmbed, Sinusoids, TransformerState, too_many, unpatchify
+from .transformer_blocks import Block, LayerNorm, PatchEmbed, Sinusoids, Step, TransformerState, too_many, unpatchify
 from .unet_state import as_list
 
 T = TypeVar("T", bound="DiT")
@@ -195,18 +195,21 @@ class DiT(FromSingleFile, Model):
         model's dtype, channels-last. timestep: number, or tensor () or (N,). With ``state`` from prepare() no labels
         are given. Raises ShapeError for sizes that do not fit, LdmfastError for contradicting arguments.
         """
-        grid = self.pos_embed.grid(sample)
+        self.pos_embed.grid(sample)
         if state is None:
             state = self.prepare(timestep, class_labels=class_labels)
         elif class_labels is not None:
             raise LdmfastError("class_labels were given together with a prepared state; give one of the two")
         step = state.step(timestep, len(sample))
-        net = self.at(as_list(timestep))
-        x = net.pos_embed(sample.to(self.dtype))
-        for block, rows in zip(net.transformer_blocks, step.rows):
+        return self.at(as_list(timestep)).run(sample, step)
+
+    def run(self, sample: Tensor, step: Step) -> Tensor:
+        x = self.pos_embed(sample.to(self.dtype))
+        for block, rows in zip(self.transformer_blocks, step.rows):
             x = block(x, rows, step)
         shift, scale = step.last
-        return unpatchify(net.proj_out_2(net.norm_out(x, scale, shift, net.proj_out_2)), grid, self.config.patch_size)
+        patches = self.proj_out_2(self.norm_out(x, scale, shift, self.proj_out_2))
+        return unpatchify(patches, self.pos_embed.grid(sample), self.config.patch_size)
 
     def _labels(self, labels: Tensor | None) -> Tensor:
         classes = self.config.num_embeds_ada_norm

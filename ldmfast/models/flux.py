@@ -191,8 +191,8 @@ class FluxTransformer2D(FromSingleFile, Model):
         return self.at(as_list(timestep)).run(sample, step, controlnet_block_samples, controlnet_single_block_samples,
                                               controlnet_blocks_repeat)
 
-    def run(self, sample: Tensor, step: Step, controls: Sequence[Tensor] | None,
-            single_controls: Sequence[Tensor] | None, repeat: bool) -> Tensor:
+    def run(self, sample: Tensor, step: Step, controls: Sequence[Tensor] | None = None,
+            single_controls: Sequence[Tensor] | None = None, repeat: bool = False) -> Tensor:
         text = step.text
         x = self.x_embedder(sample.to(text.dtype))
         for i, block in enumerate(self.transformer_blocks):

@@ -19,6 +19,7 @@ from ..ops.linear_geglu import plain_weight, side_by_side
 from ..ops.pack_weight import image_weight
 from .direct import Direct
 from .onednn import INT8_SCHEMAS, SCHEMAS, Packed, as_expected
+from .rowwise import RowwiseWeight
 
 ONEDNN = as_expected(SCHEMAS, "products run through torch.nn.functional, which is slower")
 ONEDNN_INT8 = as_expected(INT8_SCHEMAS, "int8 products run as floating-point ones, which is slower")
@@ -176,6 +177,7 @@ class Linear(Direct, nn.Linear):
     """x W^T + b (+ residual). W is an ordinary parameter until ``pack`` or ``quantize``."""
 
     int8: Int8Weight | None
+    rowwise: RowwiseWeight | None  # the form of 8 bits that takes a floating x
     border = 0
     lora: Any = None  # a loras.Side: (x, residual) -> residual with what adapters add to it
     # outputs and inputs from which our own product is faster (docs/performance.md, "Our own products")
@@ -183,7 +185,7 @@ class Linear(Direct, nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)
-        self.int8 = None
+        self.int8 = self.rowwise = None
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:  # where it draws nothing, and takes longer than all else
@@ -196,6 +198,8 @@ class Linear(Direct, nn.Linear):
         if self.int8 is not None:
             return self._int8(self.int8, x, residual)
         assert isinstance(x, Tensor)
+        if self.rowwise is not None:
+            return self.rowwise(x, residual)
         return linear(x, self.weight, self.bias, residual, self.out_features)
 
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None) -> Tensor:
@@ -220,6 +224,12 @@ class Linear(Direct, nn.Linear):
         return q.binary_tensor(*x, w.values, w.scale, w.zeros, residual, w.bias, 1.0, 0, dtype, 1.0, 0, "add", 1.0,
                                "none", [], "")
 
+    def quantize_rows(self, form: str, weight: Tensor | None = None) -> None:
+        """Turns into a product of 8 bits with a scale for each row, of its own plain weight or of another.
+        form: one of rowwise.FORMS."""
+        self.rowwise = RowwiseWeight(self.weight if weight is None else weight, self.bias, form)
+        self.register_parameter("weight", None)
+
     def pack(self) -> None:
         """Brings the weight into the layout of its product, once; the plain one is let go."""
         if self.int8 is None and not self.own and (packable(self.weight) or _packs_own(self.weight, self.own_from)):
@@ -232,6 +242,8 @@ class Linear(Direct, nn.Linear):
 
     def dense(self) -> Tensor:
         """The weight (out, in), plain again if it was packed."""
+        if self.rowwise is not None:
+            return self.rowwise.dense(torch.float32)
         return plain_linear(self.weight, (self.out_features, self.in_features))
 
     def quantize(self, values: Tensor | None = None, scale: Tensor | None = None, keep: bool = False) -> None:

@@ -215,6 +215,11 @@ class JointState:
     rope: Rope | None = None
 
     @property
+    def numbers(self) -> dict[float, int]:
+        """timestep -> its number."""
+        return self.rows
+
+    @property
     def tokens(self) -> int | None:
         return None if self.rope is None else len(self.rope[0]) - self.text.shape[1]
 
@@ -232,6 +237,10 @@ class JointState:
             index = torch.tensor(rows, device=self.text.device)
             chosen = tuple(m[index, own] for m in self.modulations)
         return Step(chosen, self.text, self.rope)
+
+    def step_at(self, row: Tensor, pictures: int) -> Step:
+        """The part for one evaluation at a row of the modulations that only the device knows. row: int64 (1,)."""
+        return Step(tuple(m.index_select(0, row)[0] for m in self.modulations), self.text, self.rope)
 
 
 class Modulations:

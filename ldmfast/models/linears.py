@@ -23,6 +23,8 @@ class GeluLinear(Linear):
         if self.int8 is not None:
             return self._int8(self.int8, x, None)
         assert isinstance(x, Tensor)
+        if self.rowwise is not None:
+            return F.gelu(self.rowwise(x), approximate="tanh")
         if self.own:
             return ops.linear_gelu_tanh(x, self.weight, self.bias, out_features=self.out_features)
         if not gemm._onednn(x):

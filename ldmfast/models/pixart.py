@@ -17,7 +17,7 @@ from .dit import check_sizes
 from .gemm import Linear
 from .layers import by_rows
 from .single_file import FromSingleFile
-from .transformer_blocks import Block, LayerNorm, PatchEmbed, Sinusoids, Span, TransformerState, unpatchify
+from .transformer_blocks import Block, LayerNorm, PatchEmbed, Sinusoids, Span, Step, TransformerState, unpatchify
 from .unet_state import as_list, mask_bias
 
 
@@ -181,7 +181,7 @@ class PixArt(FromSingleFile, Model):
         are the arguments of prepare(). Raises ShapeError for sizes that do not fit, LdmfastError for contradicting
         arguments.
         """
-        grid = self.pos_embed.grid(sample)
+        self.pos_embed.grid(sample)
         conditions = (encoder_hidden_states, encoder_attention_mask, added_cond_kwargs)
         if state is None:
             state = self.prepare(timestep, encoder_hidden_states, encoder_attention_mask=encoder_attention_mask,
@@ -190,14 +190,17 @@ class PixArt(FromSingleFile, Model):
             raise LdmfastError("conditions were given together with a prepared state, which holds its own; give one of "
                                "the two")
         step = state.step(timestep, len(sample), self._bias("attention_mask", attention_mask, len(sample)))
-        net = self.at(as_list(timestep))
-        x = net.pos_embed(sample.to(self.dtype))
+        return self.at(as_list(timestep)).run(sample, step)
+
+    def run(self, sample: Tensor, step: Step) -> Tensor:
+        x = self.pos_embed(sample.to(self.dtype))
         shared, = step.rows
-        blocks: Any = net.transformer_blocks
+        blocks: Any = self.transformer_blocks
         for i, block in enumerate(blocks):
             x = block(x, block.scale_shift_table[:, None] + shared, step, step.prompts[i] if step.prompts else None)
         shift, scale = step.last
-        return unpatchify(net.proj_out(net.norm_out(x, scale, shift, net.proj_out)), grid, self.config.patch_size)
+        patches = self.proj_out(self.norm_out(x, scale, shift, self.proj_out))
+        return unpatchify(patches, self.pos_embed.grid(sample), self.config.patch_size)
 
     def _prompt(self, prompt: Tensor | None) -> Tensor | None:
         c = self.config

@@ -194,7 +194,8 @@ class SD3Transformer2D(FromSingleFile, Model):
         step, skipped = state.step(timestep, len(sample)), frozenset(skip_layers or ())
         return self.at(as_list(timestep)).run(sample, step, block_controlnet_hidden_states, skipped)
 
-    def run(self, sample: Tensor, step: Step, controls: Sequence[Tensor] | None, skipped: frozenset[int]) -> Tensor:
+    def run(self, sample: Tensor, step: Step, controls: Sequence[Tensor] | None = None,
+            skipped: frozenset[int] = frozenset()) -> Tensor:
         p = self.config.patch_size
         h, w = sample.shape[2] // p, sample.shape[3] // p
         x, text = self.pos_embed(sample.to(step.text.dtype)), step.text

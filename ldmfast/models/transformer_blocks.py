@@ -58,10 +58,14 @@ class PatchEmbed(Direct):
                              f"and width multiples of the patch size {p}")
         return sample.shape[2] // p, sample.shape[3] // p
 
-    def forward(self, sample: Tensor) -> Tensor:
+    def positions(self, sample: Tensor) -> Tensor:
+        """Of the patches of a sample of this size, (patches, D) fp32."""
         h, w = self.grid(sample)
+        return sincos_2d(self.proj.out_channels, h, w, self.base, self.scale, sample.device)
+
+    def forward(self, sample: Tensor) -> Tensor:
         tokens = as_tokens(self.proj(channels_last(sample)))
-        return tokens.add_(sincos_2d(tokens.shape[2], h, w, self.base, self.scale, tokens.device))
+        return tokens.add_(self.positions(sample))
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
@@ -215,6 +219,11 @@ class TransformerState:
     at: Callable[[int], Tensor] | None = None
     spans: tuple[Span, ...] = ()
 
+    @property
+    def numbers(self) -> dict[float, int]:
+        """timestep -> its number."""
+        return self.times
+
     def step(self, timestep: Tensor | float, pictures: int, self_bias: Tensor | None = None) -> Step:
         """The part for one evaluation. timestep: number, or tensor () or (pictures,).
 
@@ -235,6 +244,14 @@ class TransformerState:
             rows = torch.stack([made[n][:, :, i] for n, i in zip(numbers, which)], dim=2)
             last = torch.stack([self.last[n][:, i] for n, i in zip(numbers, which)], dim=1)
         return Step(rows, last, self.prompts, self.prompt_bias, self_bias, self.spans)
+
+    def step_at(self, row: Tensor, pictures: int) -> Step:
+        """The part for one evaluation of a timestep whose number only the device knows, int64 (1,). The state must
+        have ``rows``."""
+        assert self.rows is not None
+        rows, last = self.rows.index_select(0, row)[0], self.last.index_select(0, row)[0]
+        which = torch.zeros(pictures, dtype=torch.long, device=row.device) if self.which is None else self.which
+        return Step(rows[:, :, which], last[:, which], self.prompts, self.prompt_bias, None, self.spans)
 
     def _rows(self, number: int) -> Tensor:
         if self.rows is not None:

@@ -30,6 +30,11 @@ class UNetState:
     prompt_bias: Tensor | None
     batch: int | None
 
+    @property
+    def numbers(self) -> dict[float, int]:
+        """timestep -> its number."""
+        return self.rows
+
     def step(self, timestep: Tensor | float, pictures: int, self_bias: Tensor | None = None) -> Step:
         """The part for one evaluation. timestep: number, or tensor () or (pictures,).
 

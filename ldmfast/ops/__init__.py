@@ -15,6 +15,8 @@ from .geglu_q8 import geglu_q8
 from .geglu_tanh import geglu_tanh
 from .group_norm_silu import group_norm_silu
 from .group_norm_silu_q8 import group_norm_silu_q8
+from .kv_append import kv_append
+from .kv_gather import kv_gather
 from .layer_norm_modulate import layer_norm_modulate
 from .layer_norm_modulate_q8 import layer_norm_modulate_q8
 from .lincomb import lincomb
@@ -40,7 +42,7 @@ _op.register_triton()
 
 __all__ = [
     "attention", "conv2d", "conv2d_q8", "gate_residual", "geglu", "geglu_q8", "geglu_tanh", "group_norm_silu",
-    "group_norm_silu_q8", "layer_norm_modulate", "layer_norm_modulate_q8", "lincomb", "linear_geglu",
-    "linear_geglu_q8", "linear_gelu_tanh", "linear_gelu_tanh_q8", "norm_conv2d", "norm_conv2d_q8", "pack_weight",
-    "philox_normal", "qk_norm_rope", "quantize", "quantize_rowwise", "rms_norm", "swiglu", "upsample2x",
+    "group_norm_silu_q8", "kv_append", "kv_gather", "layer_norm_modulate", "layer_norm_modulate_q8", "lincomb",
+    "linear_geglu", "linear_geglu_q8", "linear_gelu_tanh", "linear_gelu_tanh_q8", "norm_conv2d", "norm_conv2d_q8",
+    "pack_weight", "philox_normal", "qk_norm_rope", "quantize", "quantize_rowwise", "rms_norm", "swiglu", "upsample2x",
 ]

@@ -82,7 +82,7 @@ def case(name: str, tags: str, make: Callable[[Draw], tuple[Any, ...]]) -> Case:
 
 @dataclass(frozen=True)
 class Op:
-    """One row. Its functions give one tensor, or a tuple of them if the schema says so.
+    """One row. Its functions give one tensor, or a tuple of them if the schema says so, or write into the first.
 
     ``reference`` is the only oracle; it computes in fp32, or in fp64 when its input is fp64. ``peer`` is what a user
     of torch writes instead, in the tensors' own dtype: its error bounds what a kernel may have, and its time is what
@@ -101,6 +101,11 @@ class Op:
     @property
     def overload(self) -> Any:
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
+
+    @property
+    def writes(self) -> bool:
+        """Whether the op gives nothing and changes its first argument instead."""
+        return self.schema.endswith("-> ()")
 
     def has_kernel(self, device: str) -> bool:
         """Whether something faster than the reference is registered for "cpu" or "cuda"."""

@@ -105,6 +105,10 @@ class Denoiser:
         distinct = list(dict.fromkeys(float(t) for t in times))
         self.states = [unet.prepare(distinct, **_stack([b.rows(rows) for b in branches])) for unet, rows in groups]
 
+    def row(self, t: float) -> int:
+        """The number of a timestep in the states."""
+        return int(self.states[0].numbers[float(t)])
+
     def __call__(self, x: torch.Tensor, t: float, stage: int) -> torch.Tensor | tuple[torch.Tensor, ...]:
         return self.predict(x, self.extra, [partial(u, timestep=t, state=s) for u, s in zip(self.unets, self.states)])
 

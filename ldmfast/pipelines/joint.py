@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -290,9 +291,12 @@ class JointDenoiser:
 
     In exact precision every picture has forwards of its own, its guidance branches together."""
 
+    casts, guidance_scale, guidance_rescale = 1, 1.0, 0.0
+
     def __init__(self, pipe: JointPipeline, request: JointRequest, branches: Sequence[PromptEmbeds],
                  beside: Tensor | None = None) -> None:
-        self.pipe, self.request, self.branches, self.beside = pipe, request, len(branches), beside
+        self.pipe, self.request, self.branches, self.extra = pipe, request, len(branches), beside
+        self.unet, self.dtype, self.network_time = pipe.unet, pipe.unet.dtype, pipe.network_time
         n = request.pictures
         self.groups = [slice(i, i + 1) for i in range(n)] if pipe.precision == "exact" else [slice(0, n)]
         self.states = [self._prepare(branches, group) for group in self.groups]
@@ -307,16 +311,32 @@ class JointDenoiser:
         return net.prepare(times, states, pooled_projections=pooled, **more)
 
     def __call__(self, x: Tensor, t: float, stage: int) -> Tensor | tuple[Tensor | None, ...]:
-        net, time = self.pipe.unet, self.pipe.network_time(float(t))
-        x = x if self.beside is None else torch.cat([x, self.beside.to(x)], dim=-1)
-        parts = [net(torch.cat([x[g]] * self.branches), time, state=s).chunk(self.branches)
-                 for g, s in zip(self.groups, self.states)]
-        outs: list[Tensor | None] = [torch.cat(p) for p in zip(*parts)]
+        net, time, x = self.unet, self.network_time(float(t)), self._beside(x, self.extra)
+        outs: list[Tensor | None] = self._joined(x, [partial(net, timestep=time, state=s) for s in self.states])
         if self.request.skip_layers:
             reads = bool(self.request.table.needs_prediction[stage][2])
             outs.append(torch.cat([net(x[g], time, state=s, skip_layers=self.request.skip_layers)
                                    for g, s in zip(self.groups, self.skipping)]) if reads else None)
         return cast(Tensor, outs[0]) if len(outs) == 1 else tuple(outs)
+
+    def row(self, t: float) -> int:
+        """The number of a timestep in the states."""
+        return int(self.states[0].numbers[self.network_time(float(t))])
+
+    @staticmethod
+    def _beside(x: Tensor, extra: Tensor | None) -> Tensor:
+        return x if extra is None else torch.cat([x, extra.to(x)], dim=-1)
+
+    def predict(self, x: Tensor, extra: Tensor | None, networks: Sequence[Callable[[Tensor], Tensor]]
+                ) -> Tensor | tuple[Tensor, ...]:
+        """networks: that of each group of pictures, its time and conditions filled in."""
+        outs = self._joined(self._beside(x, extra), networks)
+        return outs[0] if len(outs) == 1 else tuple(outs)
+
+    def _joined(self, x: Tensor, networks: Sequence[Callable[[Tensor], Tensor]]) -> list[Any]:
+        parts = [network(torch.cat([x[g]] * self.branches)).chunk(self.branches)
+                 for g, network in zip(self.groups, networks)]
+        return [torch.cat(p) for p in zip(*parts)]
 
 
 def number_of_steps(pipe: Pipeline, a: dict[str, Any]) -> int:

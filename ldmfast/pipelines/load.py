@@ -15,13 +15,14 @@ from ..checkpoints import Parts
 from ..errors import CheckpointError, DeviceError, PrecisionError
 from ..loras import Stack
 from ..models import REGISTRY, TEXT_ENCODERS
+from ..models.rowwise import check_device, plan_for
 from ..quantization import Plan, store
 from ..samplers import Schedule
 from .t5_text import load_t5
 from .text import TextEncoder
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-PRECISIONS = {"exact": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+PRECISIONS = {"exact": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ def resolve_precision(
     if precision == "auto":
         precision = "bf16" if _has_fast_bf16(device) else "exact"
     if precision not in PRECISIONS:
-        raise PrecisionError(f"precision={precision!r} is not available in this version: use 'exact', 'bf16', 'int8' "
-                             "or 'auto'")
-    if precision == "int8" and device.type != "cpu":
-        raise PrecisionError("precision='int8' runs on a CPU so far: use 'bf16' or 'exact' on this device")
+        raise PrecisionError(f"precision={precision!r} is not available in this version: use 'exact', 'bf16', "
+                             "'int8', 'fp8' or 'auto'")
+    if precision in ("int8", "fp8"):
+        check_device(precision, device)
     if dtype is not None and dtype != PRECISIONS[precision]:
         raise PrecisionError(f"precision={precision!r} and dtype={dtype} contradict each other: give one of them")
     return precision, PRECISIONS[precision]
@@ -135,7 +136,10 @@ def denoiser_part(parts: Parts) -> str:
 
 
 def _int8_denoiser(parts: Parts, device: torch.device) -> Any:
-    """From the calibrated file beside the weights, otherwise from the weights with the plan that needs no data."""
+    """From the calibrated file beside the weights, otherwise from the weights with the plan that needs no data; the
+    file is for CPUs."""
+    if device.type != "cpu":
+        return _model(parts, denoiser_part(parts), torch.bfloat16, device, plan_for("int8", device))
     part, file = denoiser_part(parts), int8_file(parts)
     if file.exists():
         plan, made_from, header = store.read_plan(file)
@@ -213,7 +217,8 @@ def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device)
             continue
         encoders.append(TextEncoder(_tokenizer(parts, f"tokenizer{suffix}"),
                                     _model(parts, f"text_encoder{suffix}", dtype, device), two))
-    unet = _int8_denoiser(parts, device) if precision == "int8" else _model(parts, part, dtype, device)
+    unet = (_int8_denoiser(parts, device) if precision == "int8" else
+            _model(parts, part, dtype, device, Plan(form="fp8") if precision == "fp8" else None))
     upcast = dtype == torch.float16 and parts.config(vae_part).get("force_upcast", False)
     vae = _model(parts, vae_part, torch.float32 if upcast else dtype, device)
     defaults = _NETWORK_DEFAULTS.get(type(unet).__name__, {}) | _defaults(parts)

@@ -65,8 +65,9 @@ class Pipeline(LoraMethods):
     ) -> Pipeline:
         """Load a diffusers folder. Nothing is ever downloaded.
 
-        dtype / precision: "exact" (fp32, the default), "bf16", "int8" (the UNet's products in 8 bits, by the plan of
-        ``ldmfast quantize`` if it is there; on a CPU), or "auto" (bf16 where the device is fast in it).
+        dtype / precision: "exact" (fp32, the default), "bf16", "int8" (the denoiser's products in 8 bits, on a
+        CPU by the plan of ``ldmfast quantize`` if it is there, on a GPU its linears alone), "fp8" (its linears in e4m3,
+        for GPUs of compute capability 8.9 or newer), or "auto" (bf16 where the device is fast in it).
         variant: weight files named ``model.<variant>.safetensors``, for instance "fp16".
         Raises CheckpointError, DeviceError, PrecisionError before weights are read where that can be told.
         """

@@ -12,21 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from ..models.gemm import Conv2d, Linear
+from ..models.rowwise import fits
 from .plan import can_be_int8
 
 
 class Meter:
     """Sums, for each layer and timestep, the energy of its output and of the output's error in 8 bits.
 
-    energies: timestep -> layer -> [signal, noise].
+    energies: timestep -> layer -> [signal, noise]. form: of 8 bits, as in Plan.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: nn.Module, form: str = "int8") -> None:
         self.unet = unet
         self.layers = {name: module for name, module in unet.named_modules()
-                       if isinstance(module, (Linear, Conv2d)) and module.int8 is None and can_be_int8(name)}
+                       if isinstance(module, (Linear, Conv2d)) and module.int8 is None and can_be_int8(name)
+                       and (form == "int8" or (isinstance(module, Linear) and fits(module.dense())))}
         self.energies: dict[float, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
-        self._twins = {name: _int8_twin(layer) for name, layer in self.layers.items()}
+        self._twins = {name: _int8_twin(layer, form) for name, layer in self.layers.items()}
         self._timestep = float("nan")
 
     @contextmanager
@@ -77,7 +79,7 @@ def decibel(signal: float, noise: float) -> float:
     return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
 
 
-def _int8_twin(layer: Linear | Conv2d) -> Linear | Conv2d:
+def _int8_twin(layer: Linear | Conv2d, form: str) -> Linear | Conv2d:
     """A W8A8 layer of the same weight."""
     twin: Linear | Conv2d
     with torch.device("meta"):
@@ -89,7 +91,10 @@ def _int8_twin(layer: Linear | Conv2d) -> Linear | Conv2d:
     twin.weight = nn.Parameter(layer.dense(), requires_grad=False)
     if layer.bias is not None:
         twin.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-    twin.quantize()
+    if form != "int8" and isinstance(twin, Linear):
+        twin.quantize_rows(form)
+    else:
+        twin.quantize()
     return twin
 
 

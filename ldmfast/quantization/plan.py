@@ -36,10 +36,14 @@ class Range:
 @dataclass(frozen=True)
 class Plan:
     """The ranges in ascending order, the last one without an end. sqnr: layer -> dB in each range, where measured
-    (Yang et al., "Efficient Quantization Strategies for Latent Diffusion Models", 2023, section 3)."""
+    (Yang et al., "Efficient Quantization Strategies for Latent Diffusion Models", 2023, section 3).
+
+    form: "int8", with one scale and zero point for an activation, as CPUs multiply; or "fp8" or "int8_rows", with a
+    scale for each of its rows, as GPUs do, for linears alone and for all timesteps (models/rowwise.py)."""
 
     ranges: tuple[Range, ...] = (Range(float("inf"), frozenset()),)
     sqnr: Mapping[str, tuple[float, ...]] | None = None
+    form: str = "int8"
 
     def needs_int8(self, name: str) -> bool:
         """Whether the layer runs in 8 bits in some range."""
