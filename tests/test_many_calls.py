@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import mmap
+import os
 import subprocess
 import sys
 import threading
@@ -12,6 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import resident
 import torch
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "many_calls.py"
@@ -59,26 +60,39 @@ def test_mixed_up_calls_are_seen(many):
     assert raised == 2 and other >= 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to see resident memory")
+@resident.NEEDED
 def test_random_shapes():
     """In a process of its own, as torch's caches are set when it is loaded."""
     run = subprocess.run([sys.executable, str(TOOL), "shapes", "--calls", "24"], capture_output=True, text=True,
-                         check=False)
+                         check=False, env={**os.environ, **resident.ENVIRONMENT})
+    print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr
     assert ": 0 networks built, 0 weights packed," in run.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to see resident memory")
-def test_growth_and_packing_are_seen(many):
-    from ldmfast.models.gemm import Linear
+_GROWING = """
+import mmap, sys
+import numpy as np
+from ldmfast.models.gemm import Linear
 
-    kept = []
+sys.path.insert(0, sys.argv[1])
+import many_calls
 
-    def draw(i, **_):
-        kept.append(mmap.mmap(-1, 1 << 20))  # fresh pages, whatever the heap has free
-        kept[-1].write(b"1" * (1 << 20))
-        Linear(8, 8).pack()
-        return np.frombuffer(kept[-1], np.uint8)
+kept = []
 
-    found = many.random_shapes(draw, 8)
-    assert found.grown_trimmed >= 8 << 20 and found.made["weights packed"] == 8 and not found.holds
+def draw(i, **_):
+    kept.append(mmap.mmap(-1, 1 << 20))  # fresh pages, whatever the heap has free
+    kept[-1].write(b"1" * (1 << 20))
+    Linear(8, 8).pack()
+    return np.frombuffer(kept[-1], np.uint8)
+
+found = many_calls.random_shapes(draw, 8)
+print(found.grown, found.grown_trimmed, found.made["weights packed"], found.holds)
+"""
+
+
+@resident.NEEDED
+def test_growth_and_packing_are_seen():
+    grown, trimmed, packed, holds = resident.fresh(_GROWING, TOOL.parent).split()
+    print(f"8 MiB kept: {int(grown) / resident.MIB:.2f} MiB seen, {int(trimmed) / resident.MIB:.2f} after malloc_trim")
+    assert min(int(grown), int(trimmed)) >= 7 * resident.MIB and (packed, holds) == ("8", "False")

@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
+import resident
 import safetensors.torch
 import torch
 import transformers
@@ -284,25 +285,15 @@ def test_a_writer_that_only_looks_dead_puts_nothing_in_place(tmp_path: Path, mon
 
 
 _MEASURE = """
-import gc, sys
-from pathlib import Path
-import torch
+import sys
 from ldmfast.checkpoints.convert import convert
 
-def status(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
-
 convert(sys.argv[1] + ".small", sys.argv[2] + ".safetensors", dtype=sys.argv[3], progress=False)  # loads libraries
-gc.collect()
-Path("/proc/self/clear_refs").write_text("5")
-before = status("VmRSS")
-convert(sys.argv[1], sys.argv[2], dtype=sys.argv[3], progress=False)
-print(status("VmHWM") - before)
+print(resident.peak(lambda: convert(sys.argv[1], sys.argv[2], dtype=sys.argv[3], progress=False)))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to see resident memory")
+@resident.NEEDED
 @pytest.mark.parametrize("ending", ["safetensors", "ckpt", "gguf"])
 def test_memory_is_a_tensor_not_the_model(ending: str, tmp_path: Path) -> None:
     """A file of 12 tensors of 16 MiB in fp32 (or Q8_0) to bf16: at most 1.1 times a tensor before and after,
@@ -325,10 +316,6 @@ def test_memory_is_a_tensor_not_the_model(ending: str, tmp_path: Path) -> None:
             torch.save(tensors, file)
         else:
             safetensors.torch.save_file(tensors, file)
-    # malloc gives large blocks back at once: what its heap keeps for later, a tensor or none, is chance
-    done = subprocess.run([sys.executable, "-c", _MEASURE, str(path), str(tmp_path / "y.safetensors"), "bfloat16"],
-                          capture_output=True, text=True, check=False,
-                          env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)})
-    assert done.returncode == 0, done.stderr[-2000:]
-    print(f"{ending}: {int(done.stdout) / 1024:.1f} MiB")
-    assert 15 * 1024 <= int(done.stdout) <= (1.1 * (16 + 8) + 12) * 1024, done.stdout
+    grown = int(resident.fresh(_MEASURE, path, tmp_path / "y.safetensors", "bfloat16"))
+    print(f"{ending}: {grown / resident.MIB:.1f} MiB")
+    assert 15 <= grown / resident.MIB <= 1.1 * (16 + 8) + 12, grown

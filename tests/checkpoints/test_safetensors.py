@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import resident
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -215,7 +214,7 @@ def test_made_up_headers_are_read_or_refused(sample: tuple[Path, bytes], header:
 
 
 _MEASURE = """
-import gc, json, sys
+import json, sys
 from itertools import chain
 from pathlib import Path
 from ldmfast.checkpoints import safetensors as reader
@@ -255,18 +254,6 @@ files = {
     "brackets": (limit, chain([b'{"a":'], mega(b"[")), limit + 100),
     "escapes": (limit, chain([b'{"a":"'], mega(b"\\u00e9")), limit + 100),
 }
-def status(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
-
-def growth(call):
-    # peak of resident memory during a call, over what was resident before, in KiB
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew; ru_maxrss would keep the parent's
-    before = status("VmRSS")
-    call()
-    return status("VmHWM") - before
-
 def refuse(path):
     try:
         reader.read_header(path)
@@ -275,23 +262,18 @@ def refuse(path):
     else:
         raise SystemExit(f"{path} was accepted")
 
-print("control", growth(lambda: bytearray(64 << 20)))
 for name, content in files.items():
     path = write(name, *content)
-    print(name, growth(lambda: refuse(path)))
+    print(name, resident.peak(lambda: refuse(path)))
     path.unlink()
 """
 
 
+@resident.NEEDED
 def test_rejecting_costs_little_memory(tmp_path: Path) -> None:
     """Truncated data, and headers of the format's full 100 MB with every kind of filling: each costs at most
-    32 MiB more than was resident before. The control allocates 64 MiB, so a meter that sees nothing fails: the
-    first version of this test read ru_maxrss, which a child process inherits, and reported 0 for everything.
+    32 MiB more than was resident before.
     """
-    result = subprocess.run([sys.executable, "-c", _MEASURE, str(tmp_path)], capture_output=True, text=True,
-                            check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    grown = {line.split()[0]: int(line.split()[1]) for line in result.stdout.splitlines()}
-    assert grown.pop("control") >= 63 * 1024  # the kernel counts pages in batches: up to 256 KiB come late
-    print({k: f"{v / 1024:.1f} MiB" for k, v in grown.items()})
-    assert len(grown) == 9 and max(grown.values()) <= 32 * 1024, grown
+    grown = {line.split()[0]: int(line.split()[1]) for line in resident.fresh(_MEASURE, tmp_path).splitlines()}
+    print({k: f"{v / resident.MIB:.1f} MiB" for k, v in grown.items()})
+    assert len(grown) == 9 and max(grown.values()) <= 32 * resident.MIB, grown
