@@ -46,9 +46,8 @@ class Side:
     """What adapters add to one layer, in place of its residual."""
 
     def __init__(self, layer: Layer, pairs: Sequence[tuple[Pair, float]]):
-        ups = [p.ordered if w == 1 else p.ordered * w for p, w in pairs]
         self.down = pairs[0][0].down if len(pairs) == 1 else torch.cat([p.down for p, _ in pairs])
-        self.up = ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
+        self.up = _weighted(pairs)
         self.border = layer.border
         self.stride: tuple[int, ...] = ()
         if isinstance(layer, Conv2d) and layer.kernel_size != (1, 1):
@@ -101,6 +100,19 @@ class Side:
         inner = layer.out_features // 2
         halves = y.permute(0, 2, 3, 1).reshape(*codes.shape[:-1], -1, 2, TILE).transpose(-3, -2)
         return halves.flatten(-2)[..., :inner].flatten(-2)
+
+
+def _weighted(pairs: Sequence[tuple[Pair, float]]) -> Tensor:
+    """[w1 up1, w2 up2], each matrix written once: a swap is bound by fresh memory, of which products first would take
+    as much again."""
+    if len(pairs) == 1:
+        [(one, w)] = pairs
+        return one.ordered if w == 1 else one.ordered * w
+    first = pairs[0][0].ordered
+    out = first.new_empty(first.shape[0], sum(p.ordered.shape[1] for p, _ in pairs))
+    for (p, w), place in zip(pairs, out.split([p.ordered.shape[1] for p, _ in pairs], dim=1)):
+        torch.mul(p.ordered, w, out=place)
+    return out
 
 
 def _ordered(bias: Tensor | None) -> Tensor | None:
