@@ -4,8 +4,8 @@
     python tools/many_calls.py shapes                   # 200 calls of random height, width, batch and steps
     ... --model tiny | accelerated | diffusers          # Pipeline.tiny(), or the same folder in diffusers, accelerated
 
-threads: all call one object (in diffusers two: image to image has a pipeline of its own, around the same parts, scheduler
-and tokenizer). --model diffusers calls them as they are, and counts what goes wrong.
+threads: all call one object (in diffusers two: image to image has a pipeline of its own, around the same parts, the
+scheduler and tokenizer included). --model diffusers calls them as they are, and counts what goes wrong.
 
 shapes: after a warm-up with the largest of these calls and a quarter of the others, no network may be built and no
 weight packed, and resident memory may not grow by more than 1 MiB. It is measured twice: as it is, and after
