@@ -19,6 +19,7 @@ import torch
 from ops import conditions, write
 
 import ldmfast
+from ldmfast.pipelines.denoiser import finite
 
 LIMIT = 0.005
 
@@ -51,7 +52,7 @@ def measure(precision: str, repeats: int) -> dict[str, str | float]:
     step_seconds(pipe, 5)
     step = step_seconds(pipe, repeats)
     with torch.inference_mode():
-        parts = [seconds(lambda x=x: bool(torch.isfinite(x).all()), repeats) for x in (latents, pixels)]
+        parts = [seconds(lambda x=x: finite(x), repeats) for x in (latents, pixels)]
     return {"precision": precision, "latents us": round(parts[0] * 1e6, 1), "pixels us": round(parts[1] * 1e6, 1),
             "step ms": round(step * 1e3, 3), "share of a step": round(sum(parts) / step, 5)}
 
