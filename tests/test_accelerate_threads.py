@@ -94,9 +94,8 @@ def test_64_threads_of_20_mixed_calls_equal_serial(precision):
 
 
 def test_one_thread_sees_no_difference():
-    """The object itself runs and keeps what diffusers leaves there; other pipelines of the class are not touched."""
-    plain = StableDiffusionPipeline.__call__
-    signature = inspect.signature(plain)
+    """The object itself runs and keeps what diffusers leaves there; a copy does, too."""
+    signature = inspect.signature(StableDiffusionPipeline.__call__)
     pipes, given = pipelines(), dict(prompt="a red circle", num_inference_steps=3, guidance_scale=4.0)
     pipe, seen = pipes[StableDiffusionPipeline], []
 
@@ -115,14 +114,26 @@ def test_one_thread_sees_no_difference():
     twin, other = pickle.loads(pickle.dumps(pipe)), StableDiffusionPipeline(**components())
     other.set_progress_bar_config(disable=True)
     ldmfast.restore(pipe)
-    assert StableDiffusionPipeline.__call__ is not plain, "the copy is accelerated still"
     wanted, got = (p(**given, output_type="np", generator=torch.Generator().manual_seed(1)).images
                    for p in (other, twin))
     assert np.abs(wanted - got).max() <= 1e-4
     ldmfast.restore(twin)
-    assert StableDiffusionPipeline.__call__ is plain and vars(pipe).keys() == vars(other).keys()
-    for p in pipes.values():
-        ldmfast.restore(p)
+    assert vars(pipe).keys() == vars(other).keys()
+
+
+class Own(StableDiffusionPipeline):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+def test_the_class_is_diffusers_own_again():
+    plain, pipe = Own.__call__, ldmfast.accelerate(Own(**components()))
+    twin = pickle.loads(pickle.dumps(pipe))
+    assert Own.__call__ is not plain and len(twin("a red circle", num_inference_steps=1).images) == 1
+    ldmfast.restore(pipe)
+    assert Own.__call__ is not plain, "the copy is accelerated still"
+    ldmfast.restore(twin)
+    assert Own.__call__ is plain
 
 
 def test_what_calls_may_change_together_waits():
