@@ -7,7 +7,8 @@
 Two LoRAs in kohya's layout and fp16, on every linear and 1x1 convolution of the transformer blocks (what kohya trains).
 swap: ``pipe.set_adapters`` between adapters that are loaded, on the side path, so that the next call has them: to the
 other one, to the other one with a weight, and to both at once. load: from a file. step: one evaluation (batch 2, 64x64
-latents, 77 tokens) with one adapter on the side path, and fused, as ratios to the step without, taken in turn.
+latents, 77 tokens) with one adapter on the side path, and fused, as ratios to the step without, taken in turn; and how
+far the two results are apart.
 """
 
 from __future__ import annotations
@@ -97,7 +98,10 @@ def steps(pipe: ldmfast.Pipeline, timer: str, repeats: int) -> dict[str, Any]:
     states = {name: network.prepare(500.0, prompt) for name, network in networks.items()}
     found = medians(timer, {name: lambda n=network, s=states[name]: n(sample, 500.0, state=s)
                             for name, network in networks.items()}, repeats)
-    return {"rank": STEP_RANK, **{f"{name} ms": round(s * 1e3, 1) for name, s in found.items()},
+    plain, side, fused = (network(sample, 500.0, state=states[name]).float() for name, network in networks.items())
+    apart = float((side - fused).norm() / (fused - plain).norm())
+    return {"rank": STEP_RANK, "side path less fused, over what adapters change": round(apart, 4),
+            **{f"{name} ms": round(s * 1e3, 1) for name, s in found.items()},
             **{f"{name} ratio": round(found[name] / found["without"], 3) for name in ("side path", "fused")}}
 
 

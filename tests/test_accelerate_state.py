@@ -12,7 +12,6 @@ import weakref
 import accelerate.hooks
 import accelerate_models as make
 import diffusers
-import numpy as np
 import pytest
 import torch
 from accelerate_models import inputs
@@ -301,30 +300,3 @@ def test_64_threads_of_20_mixed_calls_equal_serial(precision):
     for t in threads:
         t.join()
     assert wrong == []
-
-
-def test_pipelines_that_share_models_in_threads():
-    """diffusers' schedulers keep state and its tokenizers are not thread-safe, so each thread has its own scheduler and
-    is given embeddings; the accelerated UNet and VAE are shared."""
-    pipe = ldmfast.accelerate(diffusers.StableDiffusionPipeline.from_pretrained(TINY))
-    prompt, negative = pipe.encode_prompt("a red circle", "cpu", 1, True)
-    shared = {k: v for k, v in pipe.components.items() if k != "scheduler"}
-
-    def draw(k):
-        own = diffusers.StableDiffusionPipeline(**shared, scheduler=copy.deepcopy(pipe.scheduler))
-        own.set_progress_bar_config(disable=True)
-        return own(prompt_embeds=prompt, negative_prompt_embeds=negative, num_inference_steps=2 + k % 2,
-                   output_type="np", generator=torch.Generator().manual_seed(k)).images
-
-    wanted = [draw(k) for k in range(4)]
-    got = [None] * 16
-
-    def work(k):
-        got[k] = draw(k % 4)
-
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(16)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert all(np.array_equal(got[k], wanted[k % 4]) for k in range(16))

@@ -38,7 +38,6 @@ def one_thread():
 
 @pytest.mark.parametrize("model", ["native", "diffusers"])
 def test_threads_equal_serial(model, many):
-    """"diffusers": accelerated, each thread with a scheduler and a tokenizer of its own."""
     assert many.from_threads(getattr(many, model)("exact"), 12, 5) == (0, 0)
 
 
@@ -56,7 +55,7 @@ def test_mixed_up_calls_are_seen(many):
                 raise ValueError
         return shared.copy()
 
-    other, raised = many.from_threads(lambda: draw, 2, 3)
+    other, raised = many.from_threads(draw, 2, 3)
     assert raised == 2 and other >= 1
 
 

@@ -2,11 +2,10 @@
 
     python tools/many_calls.py threads                  # 64 threads, 20 calls each, compared bit for bit with serial
     python tools/many_calls.py shapes                   # 200 calls of random height, width, batch and steps
-    ... --model tiny | accelerated                      # Pipeline.tiny(), or the same folder in diffusers, accelerated
+    ... --model tiny | accelerated | diffusers          # Pipeline.tiny(), or the same folder in diffusers, accelerated
 
-threads: of Pipeline.tiny() one object is called by all. diffusers' pipelines keep a call's state in the pipeline, its
-scheduler and its tokenizer, so there every thread has a pipeline with a scheduler and a tokenizer of its own around the
-same accelerated networks and text encoder (--one-object calls a single pipeline as it is, and counts what goes wrong).
+threads: all call one object (in diffusers two: image to image has a pipeline of its own, around the same parts, the
+scheduler and tokenizer included). --model diffusers calls them as they are, and counts what goes wrong.
 
 shapes: after a warm-up with the largest of these calls and a quarter of the others, no network may be built and no
 weight packed, and resident memory may not grow by more than 1 MiB. It is measured twice: as it is, and after
@@ -20,7 +19,6 @@ The exit status is 1 where anything failed.
 from __future__ import annotations
 
 import argparse
-import copy
 import ctypes
 import gc
 import hashlib
@@ -55,8 +53,7 @@ MIB = 1 << 20
 Draw = Callable[..., np.ndarray]
 
 
-def native(precision: str) -> Callable[[], Draw]:
-    """A function that gives each thread what it calls: here, all the same pipeline."""
+def native(precision: str) -> Draw:
     pipe = ldmfast.Pipeline.tiny(precision=precision)
 
     def draw(i: int, prompt: list[str], **call: Any) -> np.ndarray:
@@ -64,36 +61,29 @@ def native(precision: str) -> Callable[[], Draw]:
         if "image" in call and i % 10 == 4:
             extra["mask_image"] = Image.linear_gradient("L").resize((64, 64))
         return pipe(prompt, **call, **extra, generator=i, progress=False).images
-    return lambda: draw
+    return draw
 
 
-def diffusers(precision: str, one_object: bool = False, accelerate: bool = True) -> Callable[[], Draw]:
+def diffusers(precision: str, accelerate: bool = True) -> Draw:
     from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    loaded = StableDiffusionPipeline.from_pretrained(TINY)
-    if accelerate:
-        ldmfast.accelerate(loaded, precision=precision)
+    text = StableDiffusionPipeline.from_pretrained(TINY)
+    image = StableDiffusionImg2ImgPipeline(**text.components)
+    for pipe in (text, image):
+        pipe.set_progress_bar_config(disable=True)
+        if accelerate:
+            ldmfast.accelerate(pipe, precision=precision)
 
-    def for_thread() -> Draw:
-        parts = dict(loaded.components)
-        if not one_object:
-            parts |= {name: copy.deepcopy(parts[name]) for name in ("scheduler", "tokenizer")}
-        text = loaded if one_object else StableDiffusionPipeline(**parts)
-        image = StableDiffusionImg2ImgPipeline(**parts)
-        for pipe in (text, image):
-            pipe.set_progress_bar_config(disable=True)
-
-        def draw(i: int, prompt: list[str], **call: Any) -> np.ndarray:
-            generator = torch.Generator().manual_seed(i)
-            if "image" in call:
-                call = {k: v for k, v in call.items() if k not in ("height", "width")}
-                call["image"] = call["image"].resize((64, 64))
-                return image(prompt, **call, generator=generator).images
-            return text(prompt, **call, generator=generator).images
-        return draw
-    return for_thread
+    def draw(i: int, prompt: list[str], **call: Any) -> np.ndarray:
+        generator = torch.Generator().manual_seed(i)
+        if "image" in call:
+            call = {k: v for k, v in call.items() if k not in ("height", "width")}
+            call["image"] = call["image"].resize((64, 64))
+            return image(prompt, **call, generator=generator).images
+        return text(prompt, **call, generator=generator).images
+    return draw
 
 
 def mixed(i: int) -> dict[str, Any]:
@@ -110,16 +100,14 @@ def digest(array: np.ndarray) -> str:
     return hashlib.sha256(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def from_threads(make: Callable[[], Draw], threads: int, calls: int) -> tuple[int, int]:
+def from_threads(draw: Draw, threads: int, calls: int) -> tuple[int, int]:
     """(pictures other than the serial ones, calls that raised) of ``threads`` threads with ``calls`` calls each."""
-    serial = make()
-    wanted = [digest(serial(i, **mixed(i))) for i in range(calls)]
+    wanted = [digest(draw(i, **mixed(i))) for i in range(calls)]
     if len(set(wanted)) != calls:
         raise SystemExit("the calls do not all give different pictures, so mixed-up ones could not be told")
     other, raised, gate = [], [], threading.Barrier(threads)
 
     def work(k: int) -> None:
-        draw = make()
         order = np.random.default_rng(k).permutation(calls)
         gate.wait()
         for i in order.tolist():
@@ -216,22 +204,18 @@ def main() -> int:
     parser.add_argument("--precision", default="exact", help="exact, bf16 or int8 (default %(default)s)")
     parser.add_argument("--threads", type=int, default=64)
     parser.add_argument("--calls", type=int, help="calls of each thread (default 20), or random shapes (default 200)")
-    parser.add_argument("--one-object", action="store_true", help="threads share a diffusers pipeline as it is")
     parser.add_argument("--torch-caches", action="store_true", help="of torch and oneDNN, of their usual size")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.model == "tiny":
-        make = native(args.precision)
-    else:
-        make = diffusers(args.precision, args.one_object, args.model == "accelerated")
+    draw = native(args.precision) if args.model == "tiny" else diffusers(args.precision, args.model == "accelerated")
     name = f"{args.model}, {args.precision}"
     if args.what == "threads":
         calls = args.calls or 20
-        other, raised = from_threads(make, args.threads, calls)
+        other, raised = from_threads(draw, args.threads, calls)
         print(f"{name}: {args.threads} threads x {calls} mixed calls: {args.threads * calls - other - raised} equal to "
               f"serial bit for bit, {other} other, {raised} raised")
         return 1 if other or raised else 0
-    found = random_shapes(make(), args.calls or 200)
+    found = random_shapes(draw, args.calls or 200)
     print(f"{name}: {args.calls or 200} calls of random height, width, batch and steps: "
           f"{found.made['networks built']} networks built, {found.made['weights packed']} weights packed, "
           f"{found.made['weights rearranged']} rearranged for another size; resident memory "

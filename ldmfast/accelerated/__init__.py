@@ -15,6 +15,7 @@ from ..models import REGISTRY
 from .calls import CALLS
 from .solver import put, take_back
 from .state import Forward, State
+from .threads import share, unshare
 
 T = TypeVar("T")
 _STATE = "_ldmfast_state"
@@ -48,6 +49,8 @@ def accelerate(obj: T, precision: str = "exact", solver: str | None = None) -> T
     A call that the native network cannot serve (gradients, LoRA layers, changed attention processors, hooks on
     submodules, FreeU, autocast, ...) runs diffusers' own forward and warns once, naming the reason. The model follows
     its weights: after ``to``, ``half``, ``load_state_dict`` or a change in place the next call uses the new ones.
+    Any number of threads may call one pipeline, each with generators of its own: a call that begins while another runs
+    is made with a shallow copy of the pipeline, or waits (``ldmfast/accelerated/threads.py``).
     Raises LdmfastError for something else than a pipeline or model and for an unknown solver, PrecisionError for
     another precision.
     """
@@ -65,6 +68,8 @@ def accelerate(obj: T, precision: str = "exact", solver: str | None = None) -> T
             report.accelerated[name] = type(model).__name__
         else:
             report.left_alone[name] = why
+    if not isinstance(obj, nn.Module):
+        share(obj)
     obj.ldmfast_report = report  # type: ignore[attr-defined]
     _log.info("%s", report)
     if not report.accelerated:
@@ -77,6 +82,7 @@ def restore(obj: T) -> T:
     for model in _models(obj).values():
         _detach(model)
     take_back(obj)
+    unshare(obj)
     vars(obj).pop("ldmfast_report", None)
     return obj
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -183,6 +184,12 @@ class NanFinder:
 
     def __exit__(self, *exc: Any) -> None:
         self.handle.remove()
+
+
+def finite(x: torch.Tensor) -> bool:
+    """Whether every number is. NaN and infinities survive a sum, which is one pass without a tensor of truth values;
+    only where the sum itself leaves fp32 is each number looked at."""
+    return math.isfinite(x.sum(dtype=torch.float32).item()) or bool(torch.isfinite(x).all())
 
 
 def not_finite(where: str, module: str | None, precision: str) -> PrecisionError:

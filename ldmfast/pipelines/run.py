@@ -18,7 +18,7 @@ from ..models import DiT, PixArt
 from ..ops._load import reused_memory
 from ..samplers import StopSampling, sample
 from .aspect_ratio import fit
-from .denoiser import Conditions, Denoiser, NanFinder, guidance_embedding, not_finite
+from .denoiser import Conditions, Denoiser, NanFinder, finite, guidance_embedding, not_finite
 from .inputs import prepare_image, prepare_mask, repeat_to
 from .lora import Cast, cast, fused_settings, settings_of
 from .output import PipelineOutput, to_output
@@ -87,7 +87,7 @@ def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
         return denoiser, x, blend
 
     latents, cancelled = sample_latents(pipe, request, *prepare())
-    if not bool(torch.isfinite(latents).all()):
+    if not finite(latents):
         request.random.restore(states)
         part, networks = next(iter(pipe.components)), [("vae", pipe.vae)]
         for one in casts:
@@ -320,7 +320,7 @@ def decode(pipe: Pipeline, latents: torch.Tensor) -> torch.Tensor:
     dtype = next(vae.parameters()).dtype
     z = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
     pixels = torch.cat([_decode_one(pipe, row.to(dtype)).float() for row in z.split(1)])
-    if not bool(torch.isfinite(pixels).all()):
+    if not finite(pixels):
         with NanFinder([("vae", vae)]) as finder:
             for row in z.split(1):
                 vae.decode(row.to(dtype), tile=_tile(pipe))
