@@ -23,7 +23,8 @@ SIZE = {"height": 64, "width": 64, "num_inference_steps": 3, "generator": [1, 2]
 CALLS = {  # network -> how it is made, first call, and calls that need no other graph
     "dit": (transformer_folders.dit, {"class_labels": [7, 999], "solver": "ddim", "num_inference_steps": 3},
             [{"class_labels": [3, 5], "guidance_scale": 2.0, "num_inference_steps": 5}]),
-    "pixart": (transformer_folders.pixart, {**SIZE, "prompt": ["a red cat", "two dogs"], "use_resolution_binning": False},
+    "pixart": (transformer_folders.pixart,
+               {**SIZE, "prompt": ["a red cat", "two dogs"], "use_resolution_binning": False},
                [{"prompt": ["the red moon", "old house"], "guidance_scale": 2.0}]),
     "sd3": (joint_folders.sd3, {**SIZE, "prompt": ["a red cat", "two dogs"]},
             [{"prompt": ["the moon", "rain"], "guidance_scale": 3.0, "num_inference_steps": 4}]),
