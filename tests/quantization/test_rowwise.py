@@ -15,7 +15,7 @@ from ldmfast.models import DiT, rowwise
 from ldmfast.models.gemm import Conv2d, GatedLinear, Linear
 from ldmfast.models.linears import GeluLinear, SplitLinear
 from ldmfast.models.rowwise import FORMS, RowwiseWeight
-from ldmfast.quantization import Plan
+from ldmfast.quantization import Plan, can_be_int8
 from ldmfast.quantization.measure import Meter
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -118,8 +118,8 @@ def test_sqnr_of_rows_is_near_theory(form):
     with meter.watching():
         tensorwise.run(unet)
     table = meter.sqnr([float("inf")])
-    assert set(table) == {n for n, m in unet.named_modules() if isinstance(m, Linear) and n in meter.layers}
-    low, high = (25, 35) if form == "fp8" else (30, 46)
+    assert set(table) == {n for n, m in unet.named_modules() if isinstance(m, Linear) and can_be_int8(n)}
+    low, high = (22, 35) if form == "fp8" else (30, 46)
     assert table and all(low < row[0] < high for row in table.values()), table
 
 
@@ -155,6 +155,6 @@ def test_a_lora_is_fused_into_codes():
     up = torch.randn(48, 4)
     pair = Pair(torch.randn(4, 64), up, up)
     new = fused(layer, [(pair, 0.5)], {})
-    expected = rounded(rounded(weight, "fp8").float() + 0.5 * pair.up @ pair.down, "fp8")
+    expected = rounded(rounded(weight, "fp8").float() + 0.5 * (pair.up @ pair.down), "fp8")
     assert (new.dense() - expected).abs().max() < 1e-5 and torch.equal(layer.dense().double(), rounded(weight, "fp8"))
 
