@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import json
@@ -238,7 +239,10 @@ def _converted(net: Network, cache: Path) -> tuple[Path, float, bool]:
 
     def make() -> Any:
         shapes = [list(x.shape) for x in net.inputs]
-        return openvino.convert_model(_Positional(net), example_input=net.cast(net.module.dtype), input=shapes)
+        wide = _Positional(net)
+        if net.module.dtype != torch.float32:  # bf16 constants make numbers that are not finite
+            wide.module = copy.deepcopy(net.module).float()
+        return openvino.convert_model(wide, example_input=net.inputs, input=shapes)
 
     return _kept(cache, f"{net.key()}-openvino-{openvino.get_version().split('-')[0]}", make)
 
@@ -302,8 +306,7 @@ def openvino(net: Network, precision: str, cache: Path, threads: int) -> Arm:
             path, seconds, there = _quantized(net, cache)
             facts["quantize_s"] = seconds
             facts["earlier_s"] += seconds * there
-        inputs = net.cast(net.module.dtype)
-        call, more = openvino_call(path, inputs, "f32" if precision == "f32" else "bf16", threads)
+        call, more = openvino_call(path, net.inputs, "f32" if precision == "f32" else "bf16", threads)
         return call, {**facts, **more}
 
     settings, version, size = f"inference precision {precision}, static shapes, LATENCY", package("openvino"), 8
