@@ -85,7 +85,8 @@ def library_resources(library: Path) -> list[Resources]:
     """Of the kernels in a built library, which takes seconds. cuobjdump gives no spill count: these kernels keep no
     arrays in local memory, so their whole stack frame is spills."""
     found, arch, name = [], "", ""
-    report = subprocess.run([cuobjdump(), "-res-usage", str(library)], text=True, capture_output=True, check=True).stdout
+    command = [cuobjdump(), "-res-usage", str(library)]
+    report = subprocess.run(command, text=True, capture_output=True, check=True).stdout
     for line in report.splitlines():
         if match := re.match(r"\s*arch = sm_(\w+)", line):
             arch = match.group(1)
@@ -189,7 +190,8 @@ def cubin_resources(name: str, arch: int, compiled: Any) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run([cuobjdump(), "-res-usage", file.name], text=True, capture_output=True, check=True).stdout
+        command = [cuobjdump(), "-res-usage", file.name]
+        report = subprocess.run(command, text=True, capture_output=True, check=True).stdout
     registers, stack = (int(re.search(rf"{key}:(\d+)", report).group(1)) for key in ("REG", "STACK"))
     return Resources(name, str(arch), registers, compiled.metadata.shared, stack, stack)
 
