@@ -85,7 +85,7 @@ def library_resources(library: Path) -> list[Resources]:
     """Of the kernels in a built library, which takes seconds. cuobjdump gives no spill count: these kernels keep no
     arrays in local memory, so their whole stack frame is spills."""
     found, arch, name = [], "", ""
-    report = subprocess.run([cuobjdump(), "-res-usage", str(library)], text=True, capture_output=True, check=True).stdout
+    report = usage(library)
     for line in report.splitlines():
         if match := re.match(r"\s*arch = sm_(\w+)", line):
             arch = match.group(1)
@@ -97,10 +97,12 @@ def library_resources(library: Path) -> list[Resources]:
     return [r for r in demangled(found) if not empty_there(r)]
 
 
-def cuobjdump() -> str:
+def usage(path: str | Path) -> str:
+    """What cuobjdump, which Triton brings, says of a cubin or library."""
     import triton
 
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([str(tool), "-res-usage", str(path)], text=True, capture_output=True, check=True).stdout
 
 
 def nvcc_resources(source: Path, archs: tuple[str, ...]) -> list[Resources]:
@@ -189,7 +191,7 @@ def cubin_resources(name: str, arch: int, compiled: Any) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run([cuobjdump(), "-res-usage", file.name], text=True, capture_output=True, check=True).stdout
+        report = usage(file.name)
     registers, stack = (int(re.search(rf"{key}:(\d+)", report).group(1)) for key in ("REG", "STACK"))
     return Resources(name, str(arch), registers, compiled.metadata.shared, stack, stack)
 
