@@ -111,8 +111,8 @@ def choice_of(q: Tensor, k: Tensor, v: Tensor, biased: bool, scale: float, causa
     if not q.is_cuda:
         return Choice("triton", "not on a GPU: interpreted, or compiled only")
     choice = choose(q.shape[3], v.shape[3], q.shape[1], k.shape[1], q.dtype, _capability(q.get_device()),
-                    heads=q.shape[2], grouped=q.shape[2] != k.shape[2], biased=biased, causal=causal, block_size=block_size,
-                    scale=scale,
+                    heads=q.shape[2], grouped=q.shape[2] != k.shape[2], biased=biased, causal=causal,
+                    block_size=block_size, scale=scale,
                     readable=in_place(q) and in_place(k) and in_place(v), built=_built())
     _tell(q.shape[3], choice)
     return choice
