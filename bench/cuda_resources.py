@@ -85,8 +85,7 @@ def library_resources(library: Path) -> list[Resources]:
     """Of the kernels in a built library, which takes seconds. cuobjdump gives no spill count: these kernels keep no
     arrays in local memory, so their whole stack frame is spills."""
     found, arch, name = [], "", ""
-    command = [cuobjdump(), "-res-usage", str(library)]
-    report = subprocess.run(command, text=True, capture_output=True, check=True).stdout
+    report = usage(library)
     for line in report.splitlines():
         if match := re.match(r"\s*arch = sm_(\w+)", line):
             arch = match.group(1)
@@ -98,10 +97,12 @@ def library_resources(library: Path) -> list[Resources]:
     return [r for r in demangled(found) if not empty_there(r)]
 
 
-def cuobjdump() -> str:
+def usage(path: str | Path) -> str:
+    """What cuobjdump, which Triton brings, says of a cubin or library."""
     import triton
 
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([str(tool), "-res-usage", str(path)], text=True, capture_output=True, check=True).stdout
 
 
 def nvcc_resources(source: Path, archs: tuple[str, ...]) -> list[Resources]:
@@ -190,8 +191,7 @@ def cubin_resources(name: str, arch: int, compiled: Any) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [cuobjdump(), "-res-usage", file.name]
-        report = subprocess.run(command, text=True, capture_output=True, check=True).stdout
+        report = usage(file.name)
     registers, stack = (int(re.search(rf"{key}:(\d+)", report).group(1)) for key in ("REG", "STACK"))
     return Resources(name, str(arch), registers, compiled.metadata.shared, stack, stack)
 
@@ -243,9 +243,6 @@ def triton_calls() -> Iterator[tuple[str, str, tuple]]:
     yield "qk_norm_rope", "flux single", (flux, None, *w[:2], None, None, angles[0], angles[0], True, 1e-6)
     yield "qk_norm_rope", "halves", (flux, None, *w[:2], None, None, angles[0], angles[0], False, 1e-6)
     yield "qk_norm_rope", "sd3 join", (meta(2, 4096, 3, 24, 64), meta(2, 333, 3, 24, 64), *[None] * 6, True, None)
-    cache, places = meta(1, 32760, 2, 12, 128), meta(1, 1560, dtype=torch.int64)
-    yield "kv_append", "ring", (cache, meta(1, 1560, 2, 12, 128), places, True)
-    yield "kv_gather", "beams", (cache.expand(4, *cache.shape[1:]), places, meta(4, dtype=torch.int64), False)
     yield "upsample2x", "nhwc", (meta(2, 640, 32, 32, last=True),)
     yield "upsample2x", "nchw", (meta(2, 640, 32, 32),)
     table, row = meta(20, 4, dtype=torch.float64), meta(1, dtype=torch.int64)[0]

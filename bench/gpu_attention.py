@@ -123,8 +123,8 @@ def main() -> int:
             record["rows"] += rows
             write(record, "attention.json", options.out)
             timed = sorted((r for r in rows if "ms" in r), key=lambda r: r["ms"])
-            arms = (f"{r['arm']}{'*' * r['chosen']} {r['ms']:.4f} ms" for r in timed)
-            print(f"{name:24s} {dtype:9s} " + "  ".join(arms), flush=True)
+            texts = [f"{r['arm']}{'*' * r['chosen']} {r['ms']:.4f} ms" for r in timed]
+            print(f"{name:24s} {dtype:9s} " + "  ".join(texts), flush=True)
             bad = [r for r in rows if r["arm"] not in TORCH and ("failed" in r or not r["error"] < 1e-2)]
             wrong += len(bad)
             for r in bad:

@@ -1,4 +1,4 @@
-// attention by mma.sync, sm_80 and up: a block has up to 128 queries of one head and walks the keys in tiles of 64, the
+// attention by mma.sync, sm_80 and up: a block has up to 128 queries of one head and walks the keys in tiles of up to 64, the
 // next tile on its way while this one is used. Depths that are no multiple of 16 end in a product of depth 8, so that 40
 // is 16 + 16 + 8 and not 64.
 #pragma once
