@@ -47,10 +47,10 @@ def test_pab(name: str) -> None:
         ranges = {"cross_attention_block_skip_range": 3} if name == "unet" else {}
         apply_pyramid_attention_broadcast(module, PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(100, 800),
-            cross_attention_timestep_skip_range=(40, 700), current_timestep_callback=lambda: now[0], **ranges))
+            cross_attention_timestep_skip_range=(40, 800), current_timestep_callback=lambda: now[0], **ranges))
         return lambda step, t: now.__setitem__(0, t)
 
-    session = compare(name, PAB(cross_times=(40, 700)), change)
+    session = compare(name, PAB(cross_times=(40, 800)), change)
     assert session.reused["self"] > 0 and (name != "unet" or session.reused["cross"] > session.reused["self"])
 
 
@@ -73,10 +73,10 @@ def test_taylorseer_and_fora(name: str, order: int) -> None:
     assert (session.forecast if order else session.reused)["mlp"] > 0
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["dit", "flux"])  # diffusers' fails on SD 3, whose last block gives no text
 def test_first_block(name: str) -> None:
-    session = compare(name, FirstBlock(threshold=0.25), lambda m: apply_first_block_cache(
-        m, FirstBlockCacheConfig(threshold=0.25)))
+    session = compare(name, FirstBlock(threshold=0.6), lambda m: apply_first_block_cache(
+        m, FirstBlockCacheConfig(threshold=0.6)))
     assert 0 < session.reused["tail"] < STEPS - 1  # decided both ways
 
 
