@@ -62,6 +62,7 @@ def settings(ratios: list[float]) -> dict[str, tuple[str, Caches]]:
     return {
         "exact": ("exact", None),
         "DeepCache 3": ("exact", DeepCache(interval=3)),
+        "DeepCache 5": ("exact", DeepCache(interval=5)),
         "FORA 3": ("exact", FORA(interval=3)),
         "PAB 2, 3": ("exact", PAB()),
         "TGate 8": ("exact", TGate(gate=8)),
