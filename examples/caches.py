@@ -43,13 +43,14 @@ def main() -> None:
         start = time.perf_counter()
         out = pipe(options.prompts, generator=0, output_type="np", progress=False, cache=cache)
         seconds, top = time.perf_counter() - start, row * (SIDE + LINE)
-        words = f"{name}: {seconds / len(options.prompts) * 1e3:.0f} ms a picture"
+        words = name
         if cache is None:
             exact = out.images
         else:
             psnr = -10 * np.log10(np.square(out.images - exact).mean(axis=(1, 2, 3)))
-            words += f", {psnr.mean():.1f} dB, held {out.report.bytes / 1024:.0f} kB"
-        print(words)
+            held = out.report.bytes / 1024 / len(out.images)
+            words += f": {psnr.mean():.1f} dB from exact, held {held:.0f} kB a picture"
+        print(f"{words} ({seconds / len(options.prompts) * 1e3:.0f} ms a picture)")
         pen.text((2, top + 2), words, fill="black")
         for column, image in enumerate(out.images):
             picture = Image.fromarray((image * 255).round().astype(np.uint8)).resize((SIDE, SIDE))
