@@ -186,6 +186,8 @@ def _refusal(denoiser: Denoiser, table: StepTable) -> str:
         return "the modulations of all steps would not fit into their share of the memory"
     if getattr(denoiser, "skipping", None):
         return "skip-layer guidance evaluates another network at some of the steps"
+    if any(s is not None for s in denoiser.sessions):
+        return "the call has a cache, whose steps are not one graph"
     if table.clip is not None:
         return f"{table.solver} clips the predicted picture, which is not linear"
     if denoiser.casts > 1:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..errors import CheckpointError, LdmfastError, ShapeError
 from .base import Config, Model, unsupported
 from .direct import Direct
 from .gemm import Linear
 from .layers import by_rows
+from .segments import number_blocks, through
 from .single_file import FromSingleFile
 from .transformer_blocks import Block, LayerNorm, PatchEmbed, Sinusoids, Step, TransformerState, too_many, unpatchify
 from .unet_state import as_list
+
+if TYPE_CHECKING:
+    from ..caches import Session
 
 T = TypeVar("T", bound="DiT")
 
@@ -128,6 +134,7 @@ class DiT(FromSingleFile, Model):
 
     config_class = DiTConfig
     part = "transformer"
+    segments = ("self", "mlp", "tail", "stack", "output")
 
     def __init__(self, config: DiTConfig):
         super().__init__(config)
@@ -137,6 +144,7 @@ class DiT(FromSingleFile, Model):
         self.norm_out = LayerNorm(channels, 1e-6, elementwise_affine=False)
         self.proj_out_1 = Linear(channels, 2 * channels)
         self.proj_out_2 = Linear(channels, c.patch_size**2 * (c.out_channels or c.in_channels))
+        number_blocks(self, Block)
 
     @classmethod
     def from_weights(cls: type[T], config: Config | Mapping[str, Any],
@@ -188,28 +196,32 @@ class DiT(FromSingleFile, Model):
 
     @torch.no_grad()
     def forward(self, sample: Tensor, timestep: Tensor | float, *, class_labels: Tensor | None = None,
-                state: TransformerState | None = None) -> Tensor:
+                state: TransformerState | None = None, cache: Session | None = None) -> Tensor:
         """Predicts noise and, behind it, the learned variance (or what the model was trained for).
 
         sample: (N, in_channels, H, W), H and W multiples of the patch size; returns (N, out_channels, H, W) in the
         model's dtype, channels-last. timestep: number, or tensor () or (N,). With ``state`` from prepare() no labels
-        are given. Raises ShapeError for sizes that do not fit, LdmfastError for contradicting arguments.
+        are given. cache: of this call (ldmfast.caches). Raises ShapeError for sizes that do not fit, LdmfastError for
+        contradicting arguments.
         """
         self.pos_embed.grid(sample)
         if state is None:
             state = self.prepare(timestep, class_labels=class_labels)
         elif class_labels is not None:
             raise LdmfastError("class_labels were given together with a prepared state; give one of the two")
-        step = state.step(timestep, len(sample))
+        step = replace(state.step(timestep, len(sample)), cache=cache)
         return self.at(as_list(timestep)).run(sample, step)
 
     def run(self, sample: Tensor, step: Step) -> Tensor:
         x = self.pos_embed(sample.to(self.dtype))
-        for block, rows in zip(self.transformer_blocks, step.rows):
-            x = block(x, rows, step)
+        blocks = [partial(block, rows=rows, step=step) for block, rows in zip(self.transformer_blocks, step.rows)]
+        x = through(blocks, x, step.cache, partial(self._modulated, x, step.rows))
         shift, scale = step.last
         patches = self.proj_out_2(self.norm_out(x, scale, shift, self.proj_out_2))
         return unpatchify(patches, self.pos_embed.grid(sample), self.config.patch_size)
+
+    def _modulated(self, x: Tensor, rows: Tensor) -> Tensor:
+        return ops.layer_norm_modulate(x, rows[0, 1], rows[0, 0], eps=1e-6)
 
     def _labels(self, labels: Tensor | None) -> Tensor:
         classes = self.config.num_embeds_ada_norm

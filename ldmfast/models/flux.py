@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..errors import CheckpointError, LdmfastError, ShapeError
 from .base import Config, Model, unsupported
 from .direct import Direct
 from .gemm import Linear
 from .joint_blocks import (
+    EPS,
     GeluFeedForward,
     JointAttention,
     JointState,
@@ -30,8 +33,12 @@ from .joint_blocks import (
     rotary,
 )
 from .linears import GeluLinear, SplitLinear
+from .segments import number_blocks, through
 from .single_file import FromSingleFile
 from .unet_state import as_list
+
+if TYPE_CHECKING:
+    from ..caches import Session
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ class FluxTransformer2DConfig(Config):
 class DoubleBlock(Direct):
     """Text and image, each with weights of its own, meet in the attention."""
 
+    place = -1  # among the network's, for its cache
+
     def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()
         self.norm1, self.norm1_context = Modulation(dim, 6), Modulation(dim, 6)
@@ -76,20 +85,39 @@ class DoubleBlock(Direct):
 
     def forward(self, x: Tensor, text: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         rows, text_rows = (step.rows[m.slot].unbind(1) for m in (self.norm1, self.norm1_context))
-        image_in, = modulated(x, rows[0], rows[1], self.attn.entry)
-        text_in, = modulated(text, text_rows[0], text_rows[1], self.attn.text_entry)
-        image_out, text_out = self.attn(image_in, text_in, step.rope)
-        return (_feed_forward(gated(x, rows[2], image_out), rows, self.ff),
-                _feed_forward(gated(text, text_rows[2], text_out), text_rows, self.ff_context))
+        cache, place = step.cache, self.place
+        frozen = None if cache is None else cache.reuses("text", place)  # q, k and v of the text
+        keep = None if cache is None else partial(cache.keep, "text", place)
+
+        def attend() -> Any:
+            image_in, = modulated(x, rows[0], rows[1], self.attn.entry)
+            if frozen is not None:
+                return self.attn.beside(image_in, frozen, step.rope)
+            text_in, = modulated(text, text_rows[0], text_rows[1], self.attn.text_entry)
+            return self.attn(image_in, text_in, step.rope, keep)
+
+        if frozen is not None and cache is not None:
+            x = gated(x, rows[2], cache.value("self", (place, "image"), attend))
+            return _feed_forward(x, rows, self.ff, cache, (place, "image")), text
+        image_out, text_out = attend() if cache is None else cache.value("self", place, attend)
+        return (_feed_forward(gated(x, rows[2], image_out), rows, self.ff, cache, (place, "image")),
+                _feed_forward(gated(text, text_rows[2], text_out), text_rows, self.ff_context, cache, (place, "text")))
 
 
-def _feed_forward(x: Tensor, rows: Sequence[Tensor], ff: GeluFeedForward) -> Tensor:
+def _feed_forward(x: Tensor, rows: Sequence[Tensor], ff: GeluFeedForward, cache: Session | None, place: Hashable,
+                  ) -> Tensor:
     shift, scale, gate = rows[3:]
-    return gated(x, gate, ff(modulated(x, shift, scale, ff.entry)[0]))
+
+    def feed() -> Tensor:
+        return ff(modulated(x, shift, scale, ff.entry)[0])
+
+    return gated(x, gate, feed() if cache is None else cache.value("mlp", place, feed))
 
 
 class SingleBlock(Direct):
     """Attention and feed-forward side by side, of text and image as one sequence."""
+
+    place = -1  # among the network's, for its cache
 
     def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()
@@ -99,10 +127,33 @@ class SingleBlock(Direct):
         self.attn = JointAttention(dim, heads, head_dim, text=False, out=False)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
+        cache, place = step.cache, self.place
+        if cache is None:
+            return self._around(x, step, lambda y: self.attn.alone(y, step.rope))
+
+        def keep(qkv: Tensor) -> None:
+            cache.keep("text", place, qkv[:, :step.text.shape[1]])
+
+        def attend(y: Any) -> Tensor:
+            return self.attn.alone(y, step.rope, keep)
+
+        if cache.decides("single"):
+            return self._around(x, step, attend, lambda out: cache.value("single", place, out))
+        return self._around(x, step, lambda y: cache.value("self", ("single", place), lambda: attend(y)))
+
+    def beside(self, x: Tensor, text_qkv: Tensor, step: Step) -> Tensor:
+        """The image's tokens alone, (N, T, C), beside text whose q, k and v are given."""
+        return self._around(x, step, lambda y: self.attn.beside(y, text_qkv, step.rope))
+
+    def _around(self, x: Tensor, step: Step, attend: Callable[[Any], Tensor],
+                value: Callable[[Callable[[], Tensor]], Tensor] | None = None) -> Tensor:
         shift, scale, gate = step.rows[self.norm.slot].unbind(1)
-        for_attention, for_mlp = modulated(x, shift, scale, self.attn.entry, self.proj_mlp)
-        out = self.proj_out((self.attn.alone(for_attention, step.rope), self.proj_mlp(for_mlp)))
-        return gated(x, gate, out)
+
+        def compute() -> Tensor:
+            for_attention, for_mlp = modulated(x, shift, scale, self.attn.entry, self.proj_mlp)
+            return self.proj_out((attend(for_attention), self.proj_mlp(for_mlp)))
+
+        return gated(x, gate, compute() if value is None else value(compute))
 
 
 class FluxTransformer2D(FromSingleFile, Model):
@@ -111,6 +162,7 @@ class FluxTransformer2D(FromSingleFile, Model):
 
     config_class = FluxTransformer2DConfig
     part = "transformer"
+    segments = ("self", "mlp", "single", "text", "tail", "stack", "output")
 
     def __init__(self, config: FluxTransformer2DConfig):
         super().__init__(config)
@@ -121,6 +173,7 @@ class FluxTransformer2D(FromSingleFile, Model):
         self.x_embedder = Linear(c.in_channels, dim)
         self.transformer_blocks = nn.ModuleList(DoubleBlock(*shape) for _ in range(c.num_layers))
         self.single_transformer_blocks = nn.ModuleList(SingleBlock(*shape) for _ in range(c.num_single_layers))
+        number_blocks(self, DoubleBlock, SingleBlock)
         self.norm_out = Modulation(dim, 2)
         self.proj_out = Linear(dim, c.patch_size ** 2 * (c.out_channels or c.in_channels))
         self.modulations = Modulations(self)
@@ -166,12 +219,13 @@ class FluxTransformer2D(FromSingleFile, Model):
                 joint_attention_kwargs: dict[str, Any] | None = None,
                 controlnet_block_samples: Sequence[Tensor] | None = None,
                 controlnet_single_block_samples: Sequence[Tensor] | None = None,
-                controlnet_blocks_repeat: bool = False) -> Tensor:
+                controlnet_blocks_repeat: bool = False, cache: Session | None = None) -> Tensor:
         """The predicted velocity (N, image tokens, channels).
 
         sample: (N, image tokens, in_channels), latents in 2x2 patches. timestep: number, or tensor () or (N,), from 0
         to 1. With ``state`` from prepare() no conditions are given; without it they are the arguments of prepare().
         controlnet_*: residuals (N, image tokens, D), spread over the blocks (controlnet_blocks_repeat: in turn).
+        cache: of this call (ldmfast.caches).
         Raises ShapeError for sizes that do not fit, LdmfastError for contradicting arguments.
         """
         check_kwargs(joint_attention_kwargs)
@@ -187,7 +241,7 @@ class FluxTransformer2D(FromSingleFile, Model):
                                "the two")
         if sample.shape[1] != state.tokens:
             raise ShapeError(f"sample has {sample.shape[1]} tokens, img_ids has positions for {state.tokens}")
-        step = state.step(timestep, len(sample))
+        step = state.step(timestep, len(sample))._replace(cache=cache)
         return self.at(as_list(timestep)).run(sample, step, controlnet_block_samples, controlnet_single_block_samples,
                                               controlnet_blocks_repeat)
 
@@ -195,18 +249,38 @@ class FluxTransformer2D(FromSingleFile, Model):
             single_controls: Sequence[Tensor] | None = None, repeat: bool = False) -> Tensor:
         text = step.text
         x = self.x_embedder(sample.to(text.dtype))
-        for i, block in enumerate(self.transformer_blocks):
+        first = x
+
+        def double(i: int, block: DoubleBlock, x: Tensor) -> Tensor:
+            nonlocal text
             x, text = block(x, text, step)
-            if controls is not None:
-                x = x + _control(controls, i, len(self.transformer_blocks), repeat, x)
+            return x if controls is None else x + _control(controls, i, len(self.transformer_blocks), repeat, x)
+
+        doubles = cast(Sequence[DoubleBlock], self.transformer_blocks)
+        blocks = [partial(double, i, block) for i, block in enumerate(doubles)]
+        indicator = None
+        if doubles:
+            rows = step.rows[doubles[0].norm1.slot]
+            indicator = partial(ops.layer_norm_modulate, first, rows[:, 1], rows[:, 0], eps=EPS)
+        x = through([*blocks, lambda x: self._singles(x, text, step, single_controls)], x, step.cache, indicator)
+        scale, shift = step.rows[self.norm_out.slot].unbind(1)
+        return cast(Tensor, self.proj_out(*modulated(x, shift, scale, self.proj_out)))
+
+    def _singles(self, x: Tensor, text: Tensor, step: Step, controls: Sequence[Tensor] | None) -> Tensor:
+        """The blocks of one stream: the image's tokens after them, a view."""
+        blocks = cast(Sequence[SingleBlock], self.single_transformer_blocks)
+        frozen = [None if step.cache is None else step.cache.reuses("text", b.place) for b in blocks]
+        if blocks and frozen[0] is not None:
+            for block, text_qkv in zip(blocks, frozen):
+                x = block.beside(x, cast(Tensor, text_qkv), step)
+            return x
         cut = text.shape[1]
         both = torch.cat([text, x], dim=1)
-        for i, block in enumerate(self.single_transformer_blocks):
+        for i, block in enumerate(blocks):
             both = block(both, step)
-            if single_controls is not None:
-                both[:, cut:] += _control(single_controls, i, len(self.single_transformer_blocks), False, both[:, cut:])
-        scale, shift = step.rows[self.norm_out.slot].unbind(1)
-        return cast(Tensor, self.proj_out(*modulated(both[:, cut:], shift, scale, self.proj_out)))
+            if controls is not None:
+                both[:, cut:] += _control(controls, i, len(blocks), False, both[:, cut:])
+        return both[:, cut:]
 
 
 def _control(controls: Sequence[Tensor], block: int, blocks: int, repeat: bool, x: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ Tokens are (N, T, C). In everything joint the text comes first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from .gemm import Linear, Quantized
 from .layers import Joined, TimestepEmbedding, by_rows, timestep_embedding
 from .linears import GeluLinear
 from .unet_state import as_list, rows_of
+
+if TYPE_CHECKING:
+    from ..caches import Session
 
 EPS = 1e-6
 _TIME_CHANNELS = 256
@@ -108,10 +111,12 @@ class JointAttention(Joined):
                                 context_k_weight=added[1], cos=cos, sin=sin, eps=None if gains[0] is None else EPS)
 
     def forward(self, x: Tensor | Quantized, text: Tensor | Quantized, rope: Rope | None = None,
-                ) -> tuple[Tensor, Tensor | None]:
+                keep: Callable[[Tensor], None] | None = None) -> tuple[Tensor, Tensor | None]:
         """Image and text tokens -> their outputs, projected; the text's is None without ``text_out``. rope: of all
-        tokens, the text's first."""
+        tokens, the text's first. keep: is given q, k and v of the text, before norms and rotation."""
         text_qkv = self.project(text, text=True)
+        if keep is not None:
+            keep(text_qkv)
         q, k, v = self.normed(self.project(x), text_qkv, rope)
         cut, (to_out,) = text_qkv.shape[1], cast(Any, self.to_out)
         if self.to_add_out is None:
@@ -119,9 +124,23 @@ class JointAttention(Joined):
         out = ops.attention(q, k, v).flatten(2)
         return to_out(out[:, cut:]), self.to_add_out(out[:, :cut])
 
-    def alone(self, x: Tensor | Quantized, rope: Rope | None = None) -> Tensor:
-        """Attention among the given tokens; not projected if there is no output projection."""
-        out = ops.attention(*self.normed(self.project(x), None, rope)).flatten(2)
+    def alone(self, x: Tensor | Quantized, rope: Rope | None = None, keep: Callable[[Tensor], None] | None = None,
+              ) -> Tensor:
+        """Attention among the given tokens; not projected if there is no output projection. keep: is given q, k and v
+        before norms and rotation."""
+        qkv = self.project(x)
+        if keep is not None:
+            keep(qkv)
+        out = ops.attention(*self.normed(qkv, None, rope)).flatten(2)
+        return out if self.to_out is None else self.to_out[0](out)
+
+    def beside(self, x: Tensor | Quantized, text_qkv: Tensor, rope: Rope | None = None) -> Tensor:
+        """The image's output alone, beside text whose q, k and v are given as keep() got them; not projected if there
+        is no output projection."""
+        qkv, cut = self.project(x), text_qkv.shape[1]
+        q, k, v = (self.normed(qkv, text_qkv, rope) if self.text else
+                   self.normed(torch.cat([text_qkv, qkv], dim=1), None, rope))
+        out = ops.attention(q[:, cut:], k, v).flatten(2)
         return out if self.to_out is None else self.to_out[0](out)
 
 
@@ -196,11 +215,13 @@ class TimeTextEmbedding(Direct):
 
 
 class Step(NamedTuple):
-    """One evaluation. rows: for each Modulation, by its slot, (N, parts, C). text: (N, T, C)."""
+    """One evaluation. rows: for each Modulation, by its slot, (N, parts, C). text: (N, T, C). cache: what is asked at
+    each segment."""
 
     rows: tuple[Tensor, ...]
     text: Tensor
     rope: Rope | None
+    cache: Session | None = None
 
 
 @dataclass(frozen=True)

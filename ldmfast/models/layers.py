@@ -295,6 +295,8 @@ class SpatialNorm(Direct):
 class SpatialAttention(Attention):
     """Self-attention over the pixels of an image, with its norm and residual: (N, C, H, W) in and out."""
 
+    place = -1  # among those of a UNet, for its cache
+
     def __init__(self, channels: int, head_dim: int, groups: int | None, eps: float, scale: float = 1.0,
                  latent_channels: int | None = None):
         super().__init__(channels, channels // head_dim, head_dim, bias=True)

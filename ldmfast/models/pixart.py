@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..errors import CheckpointError, LdmfastError, ShapeError
 from .base import Config, Model
 from .direct import Direct
 from .dit import check_sizes
 from .gemm import Linear
 from .layers import by_rows
+from .segments import number_blocks, through
 from .single_file import FromSingleFile
 from .transformer_blocks import Block, LayerNorm, PatchEmbed, Sinusoids, Span, Step, TransformerState, unpatchify
 from .unet_state import as_list, mask_bias
+
+if TYPE_CHECKING:
+    from ..caches import Session
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ class PixArt(FromSingleFile, Model):
 
     config_class = PixArtConfig
     part = "transformer"
+    segments: tuple[str, ...] = ("self", "mlp", "tail", "stack", "output")
 
     def __init__(self, config: PixArtConfig):
         super().__init__(config)
@@ -128,6 +134,9 @@ class PixArt(FromSingleFile, Model):
         self.caption_projection = None
         if c.caption_channels is not None:
             self.caption_projection = _CaptionProjection(c.caption_channels, channels)
+        number_blocks(self, Block)
+        if c.cross_attention_dim is not None:
+            self.segments = ("cross", *self.segments)
 
     @torch.no_grad()
     def prepare(self, timesteps: Tensor | Sequence[float] | float, encoder_hidden_states: Tensor | None = None, *,
@@ -172,14 +181,14 @@ class PixArt(FromSingleFile, Model):
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor | None = None, *,
                 encoder_attention_mask: Tensor | None = None, attention_mask: Tensor | None = None,
                 added_cond_kwargs: Mapping[str, Tensor | None] | None = None,
-                state: TransformerState | None = None) -> Tensor:
+                state: TransformerState | None = None, cache: Session | None = None) -> Tensor:
         """Predicts noise and, behind it, the learned variance.
 
         sample: (N, in_channels, H, W), H and W multiples of the patch size; returns (N, out_channels, H, W) in the
         model's dtype, channels-last. timestep: number, or tensor () or (N,). attention_mask: of the picture's tokens,
         in the forms of encoder_attention_mask. With ``state`` from prepare() no conditions are given; without it they
-        are the arguments of prepare(). Raises ShapeError for sizes that do not fit, LdmfastError for contradicting
-        arguments.
+        are the arguments of prepare(). cache: of this call (ldmfast.caches). Raises ShapeError for sizes that do not
+        fit, LdmfastError for contradicting arguments.
         """
         self.pos_embed.grid(sample)
         conditions = (encoder_hidden_states, encoder_attention_mask, added_cond_kwargs)
@@ -190,14 +199,21 @@ class PixArt(FromSingleFile, Model):
             raise LdmfastError("conditions were given together with a prepared state, which holds its own; give one of "
                                "the two")
         step = state.step(timestep, len(sample), self._bias("attention_mask", attention_mask, len(sample)))
-        return self.at(as_list(timestep)).run(sample, step)
+        return self.at(as_list(timestep)).run(sample, replace(step, cache=cache))
 
     def run(self, sample: Tensor, step: Step) -> Tensor:
         x = self.pos_embed(sample.to(self.dtype))
         shared, = step.rows
-        blocks: Any = self.transformer_blocks
-        for i, block in enumerate(blocks):
-            x = block(x, block.scale_shift_table[:, None] + shared, step, step.prompts[i] if step.prompts else None)
+        layers: Any = self.transformer_blocks
+
+        def rows(block: Any) -> Tensor:
+            return block.scale_shift_table[:, None] + shared
+
+        blocks = [lambda x, i=i, block=block: block(x, rows(block), step, step.prompts[i] if step.prompts else None)
+                  for i, block in enumerate(layers)]
+        first = rows(layers[0])
+        x = through(blocks, x, step.cache,
+                    lambda: ops.layer_norm_modulate(x, first[1], first[0], eps=self.config.norm_eps))
         shift, scale = step.last
         patches = self.proj_out(self.norm_out(x, scale, shift, self.proj_out))
         return unpatchify(patches, self.pos_embed.grid(sample), self.config.patch_size)

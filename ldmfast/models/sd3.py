@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..errors import CheckpointError, LdmfastError, ShapeError
 from .base import Config, Model, unsupported
 from .direct import Direct
 from .gemm import Linear
 from .joint_blocks import (
+    EPS,
     GeluFeedForward,
     JointAttention,
     JointState,
@@ -28,8 +31,12 @@ from .joint_blocks import (
     gated,
     modulated,
 )
+from .segments import number_blocks, through
 from .single_file import FromSingleFile
 from .unet_state import as_list
+
+if TYPE_CHECKING:
+    from ..caches import Session
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,8 @@ class JointBlock(Direct):
     """Attention of both streams together, then a feed-forward of each, all modulated by the time (Esser et al. 2024,
     figure 2b). dual: another attention, of the image alone (SD 3.5 medium). last: the text ends here."""
 
+    place = -1  # among the network's, for its cache
+
     def __init__(self, config: SD3Transformer2DConfig, dual: bool, last: bool):
         super().__init__()
         dim, heads, head_dim = config.inner_dim, config.num_attention_heads, config.attention_head_dim
@@ -116,21 +125,46 @@ class JointBlock(Direct):
         shift, scale, gate, shift_ff, scale_ff, gate_ff = rows[:6]
         if self.last:
             text_rows = text_rows[::-1]  # AdaLayerNormContinuous has the scale first
-        image_in, = modulated(x, shift, scale, self.attn.entry)
-        text_in, = modulated(text, text_rows[0], text_rows[1], self.attn.text_entry)
-        image_out, text_out = self.attn(image_in, text_in)
+        cache, place = step.cache, self.place
+        frozen = None if cache is None else cache.reuses("text", place)  # q, k and v of the text
+        keep = None if cache is None else partial(cache.keep, "text", place)
+
+        def attend() -> Any:
+            image_in, = modulated(x, shift, scale, self.attn.entry)
+            if frozen is not None:
+                return self.attn.beside(image_in, frozen)
+            text_in, = modulated(text, text_rows[0], text_rows[1], self.attn.text_entry)
+            return self.attn(image_in, text_in, keep=keep)
+
+        if frozen is not None and cache is not None:
+            image_out, text_out = cache.value("self", (place, "image"), attend), None
+        else:
+            image_out, text_out = attend() if cache is None else cache.value("self", place, attend)
         if self.attn2 is not None:
-            shift2, scale2, gate2 = rows[6:]
-            second, = modulated(x, shift2, scale2, self.attn2.entry)
-            x = gated(x, gate2, self.attn2.alone(second))
+            x = gated(x, rows[8], self._second(x, rows, cache))
         x = gated(x, gate, image_out)
-        x = gated(x, gate_ff, self.ff(modulated(x, shift_ff, scale_ff, self.ff.entry)[0]))
-        if self.ff_context is None:
+        x = gated(x, gate_ff, _feed(self.ff, x, shift_ff, scale_ff, cache, (place, "image")))
+        if self.ff_context is None or frozen is not None:
             return x, text
         gate, shift_ff, scale_ff, gate_ff = text_rows[2:]
         text = gated(text, gate, cast(Tensor, text_out))
-        normed, = modulated(text, shift_ff, scale_ff, self.ff_context.entry)
-        return x, gated(text, gate_ff, self.ff_context(normed))
+        return x, gated(text, gate_ff, _feed(self.ff_context, text, shift_ff, scale_ff, cache, (place, "text")))
+
+    def _second(self, x: Tensor, rows: Sequence[Tensor], cache: Session | None) -> Tensor:
+        attn = cast(JointAttention, self.attn2)
+
+        def attend() -> Tensor:
+            return attn.alone(modulated(x, rows[6], rows[7], attn.entry)[0])
+
+        return attend() if cache is None else cast(Tensor, cache.value("self", (self.place, "second"), attend))
+
+
+def _feed(ff: GeluFeedForward, x: Tensor, shift: Tensor, scale: Tensor, cache: Session | None, place: Hashable,
+          ) -> Tensor:
+    def feed() -> Tensor:
+        return ff(modulated(x, shift, scale, ff.entry)[0])
+
+    return feed() if cache is None else cast(Tensor, cache.value("mlp", place, feed))
 
 
 class SD3Transformer2D(FromSingleFile, Model):
@@ -139,6 +173,7 @@ class SD3Transformer2D(FromSingleFile, Model):
 
     config_class = SD3Transformer2DConfig
     part = "transformer"
+    segments = ("self", "mlp", "text", "tail", "stack", "output")
 
     def __init__(self, config: SD3Transformer2DConfig):
         super().__init__(config)
@@ -148,6 +183,7 @@ class SD3Transformer2D(FromSingleFile, Model):
         self.context_embedder = Linear(c.joint_attention_dim, dim)
         self.transformer_blocks = nn.ModuleList(
             JointBlock(c, i in c.dual_attention_layers, i == c.num_layers - 1) for i in range(c.num_layers))
+        number_blocks(self, JointBlock)
         self.norm_out = Modulation(dim, 2)
         self.out_channels = c.out_channels or c.in_channels
         self.proj_out = Linear(dim, c.patch_size ** 2 * self.out_channels)
@@ -174,13 +210,14 @@ class SD3Transformer2D(FromSingleFile, Model):
                 pooled_projections: Tensor | None = None, *, state: JointState | None = None,
                 block_controlnet_hidden_states: Sequence[Tensor] | None = None,
                 joint_attention_kwargs: dict[str, Any] | None = None,
-                skip_layers: Sequence[int] | None = None) -> Tensor:
+                skip_layers: Sequence[int] | None = None, cache: Session | None = None) -> Tensor:
         """The predicted velocity (N, out_channels, H, W), channels-last, H and W rounded down to whole patches.
 
         sample: (N, in_channels, H, W). timestep: number, or tensor () or (N,). With ``state`` from prepare() no
         conditions are given; without it they are the arguments of prepare(). block_controlnet_hidden_states: one
         (N, patches, D) or several, spread over the blocks. skip_layers: blocks that are left out (skip-layer guidance).
-        Raises ShapeError for sizes that do not fit, LdmfastError for contradicting arguments.
+        cache: of this call (ldmfast.caches). Raises ShapeError for sizes that do not fit, LdmfastError for
+        contradicting arguments.
         """
         check_kwargs(joint_attention_kwargs)
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
@@ -191,7 +228,7 @@ class SD3Transformer2D(FromSingleFile, Model):
         elif encoder_hidden_states is not None or pooled_projections is not None:
             raise LdmfastError("conditions were given together with a prepared state, which holds its own; give one of "
                                "the two")
-        step, skipped = state.step(timestep, len(sample)), frozenset(skip_layers or ())
+        step, skipped = state.step(timestep, len(sample))._replace(cache=cache), frozenset(skip_layers or ())
         return self.at(as_list(timestep)).run(sample, step, block_controlnet_hidden_states, skipped)
 
     def run(self, sample: Tensor, step: Step, controls: Sequence[Tensor] | None = None,
@@ -200,11 +237,16 @@ class SD3Transformer2D(FromSingleFile, Model):
         h, w = sample.shape[2] // p, sample.shape[3] // p
         x, text = self.pos_embed(sample.to(step.text.dtype)), step.text
         blocks = cast(Sequence[JointBlock], self.transformer_blocks)
-        for i, block in enumerate(blocks):
+
+        def advance(i: int, block: JointBlock, x: Tensor) -> Tensor:
+            nonlocal text
             if i not in skipped:
                 x, text = block(x, text, step)
-            if controls is not None and not block.last:
-                x = x + _control(controls, i, len(blocks), x)
+            return x if controls is None or block.last else x + _control(controls, i, len(blocks), x)
+
+        rows = step.rows[blocks[0].norm1.slot]
+        x = through([partial(advance, i, block) for i, block in enumerate(blocks)], x, step.cache,
+                    lambda: ops.layer_norm_modulate(x, rows[:, 1], rows[:, 0], eps=EPS))
         scale, shift = step.rows[self.norm_out.slot].unbind(1)
         patches = self.proj_out(*modulated(x, shift, scale, self.proj_out))
         patches = patches.view(len(x), h, w, p, p, self.out_channels).permute(0, 1, 3, 2, 4, 5)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from .gemm import Conv2d, GatedLinear, Linear, Quantized
 from .layers import Attention, KeysValues, as_tokens, by_rows, channels_last, timestep_embedding
 from .linears import GeluLinear
 from .unet_state import as_list
+
+if TYPE_CHECKING:
+    from ..caches import Session
 
 # adaLN rows of all steps that a state may hold; beyond it they are made at each step (50 steps of DiT-XL for 8 classes
 # and the empty one are 175 MiB in bf16)
@@ -153,6 +156,7 @@ class Step:
     prompt_bias: Tensor | None = None
     self_bias: Tensor | None = None
     spans: tuple[Span, ...] = ()
+    cache: Session | None = None
 
 
 class Block(Direct):
@@ -161,6 +165,8 @@ class Block(Direct):
 
     The norms have names of their own in each family, so subclasses make them.
     """
+
+    place = -1  # among the network's, for its cache
 
     def __init__(self, channels: int, heads: int, activation: str, bias: bool, context: int | None = None):
         super().__init__()
@@ -177,10 +183,21 @@ class Block(Direct):
         """x: (N, T, C). rows: (6, N, C), shift, scale and gate of the attention, then of the MLP."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows.unbind()
         norm, mlp_norm = self.norms()
-        x = ops.gate_residual(x, self.attn1(norm(x, scale, shift, self.attn1.entry), bias=step.self_bias), gate)
-        if prompt is not None:
+        cache, place = step.cache, self.place
+
+        def attend() -> Tensor:
+            return self.attn1(norm(x, scale, shift, self.attn1.entry), bias=step.self_bias)
+
+        x = ops.gate_residual(x, attend() if cache is None else cache.value("self", place, attend), gate)
+        if prompt is not None and cache is None:
             x = self._see(x, prompt, step)
-        return ops.gate_residual(x, self.ff(mlp_norm(x, mlp_scale, mlp_shift, self.ff.entry)), mlp_gate)
+        elif prompt is not None and cache is not None:  # the residual is told from an x that is not overwritten
+            x = cache.delta("cross", place, x, lambda: self._see(x.clone(), prompt, step))
+
+        def feed() -> Tensor:
+            return self.ff(mlp_norm(x, mlp_scale, mlp_shift, self.ff.entry))
+
+        return ops.gate_residual(x, feed() if cache is None else cache.value("mlp", place, feed), mlp_gate)
 
 
     def _see(self, x: Tensor, prompt: KeysValues, step: Step) -> Tensor:

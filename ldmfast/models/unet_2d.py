@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from ..errors import LdmfastError
 from .unet_config import UNet2DConfig
 from .unet_state import UNetState, as_list
 from .unet_trunk import UNetTrunk
+
+if TYPE_CHECKING:
+    from ..caches import Session
 
 
 class UNet2D(UNetTrunk):
@@ -36,11 +41,12 @@ class UNet2D(UNetTrunk):
 
     @torch.no_grad()
     def forward(self, sample: Tensor, timestep: Tensor | float, *, class_labels: Tensor | None = None,
-                state: UNetState | None = None) -> Tensor:
+                state: UNetState | None = None, cache: Session | None = None) -> Tensor:
         """sample (N, in_channels, H, W), any H and W -> (N, out_channels, H, W), channels-last.
 
         timestep: tensor () or (N,), or a number, of which the fraction is dropped as in diffusers. With
-        ``state`` from prepare() no labels are given. Raises ShapeError for sizes that do not fit.
+        ``state`` from prepare() no labels are given. cache: of this call (ldmfast.caches).
+        Raises ShapeError for sizes that do not fit.
         """
         self.check_sample(sample)
         if not isinstance(timestep, Tensor):
@@ -49,7 +55,8 @@ class UNet2D(UNetTrunk):
             state = self.prepare(timestep, class_labels=class_labels)
         elif class_labels is not None:
             raise LdmfastError("class_labels were given together with a prepared state; give one of the two")
-        return self.at(as_list(timestep)).run(sample, state.step(timestep, len(sample)))
+        step = replace(state.step(timestep, len(sample)), cache=cache)
+        return self.at(as_list(timestep)).run(sample, step)
 
 
 def _whole(timesteps: Tensor | Sequence[float] | float) -> list[float]:

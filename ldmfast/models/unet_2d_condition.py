@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from .single_file import FromSingleFile
 from .unet_config import UNet2DConditionConfig
 from .unet_state import UNetState, as_list, mask_bias
 from .unet_trunk import UNetTrunk
+
+if TYPE_CHECKING:
+    from ..caches import Session
 
 
 class UNet2DCondition(FromSingleFile, UNetTrunk):
@@ -80,7 +84,7 @@ class UNet2DCondition(FromSingleFile, UNetTrunk):
                 down_block_additional_residuals: Sequence[Tensor] | None = None,
                 mid_block_additional_residual: Tensor | None = None,
                 down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
-                state: UNetState | None = None) -> Tensor:
+                state: UNetState | None = None, cache: Session | None = None) -> Tensor:
         """Predicts noise (or v, or the sample, as the model was trained).
 
         sample: (N, in_channels, H, W), any H and W; returns (N, out_channels, H, W) in the model's dtype,
@@ -88,7 +92,8 @@ class UNet2DCondition(FromSingleFile, UNetTrunk):
         given; without it they are the arguments of prepare(). attention_mask: (N, H * W) for models with
         transformers at one resolution, 1 keep. down_block_additional_residuals with
         mid_block_additional_residual: ControlNet; the former alone, or down_intrablock_additional_residuals:
-        T2I-Adapter. Raises ShapeError for sizes that do not fit, LdmfastError for contradicting arguments.
+        T2I-Adapter. cache: of this call (ldmfast.caches). Raises ShapeError for sizes that do not fit, LdmfastError
+        for contradicting arguments.
         """
         self.check_sample(sample)
         if cross_attention_kwargs and {k for k, v in cross_attention_kwargs.items() if v is not None} - {"scale"}:
@@ -105,6 +110,7 @@ class UNet2DCondition(FromSingleFile, UNetTrunk):
                                "give one of the two")
         mask = None if attention_mask is None else mask_bias("attention_mask", attention_mask, len(sample), self.dtype)
         step = state.step(timestep, len(sample), mask)
+        step = step if cache is None else replace(step, cache=cache)
         controls, adapters = down_block_additional_residuals, down_intrablock_additional_residuals
         if adapters is None and mid_block_additional_residual is None:
             controls, adapters = None, controls  # diffusers' older way to pass T2I-Adapter residuals

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from .layers import (
 )
 from .unet_config import BlockPlan, UNetPlan
 
+if TYPE_CHECKING:
+    from ..caches import Session
+
 
 @dataclass(frozen=True)
 class Step:
@@ -41,6 +44,7 @@ class Step:
     prompts: tuple[KeysValues, ...] = ()
     prompt_bias: Tensor | None = None
     self_bias: Tensor | None = None
+    cache: Session | None = None
 
 
 class TransformerBlock(Direct):
@@ -48,6 +52,8 @@ class TransformerBlock(Direct):
 
     only_cross: the first attention sees the prompt, too. masked: whether it obeys the masks of the Step.
     """
+
+    place = -1  # among the network's, for its cache
 
     def __init__(self, dim: int, heads: int, context_dim: int | None, only_cross: bool, masked: bool = True):
         super().__init__()
@@ -63,10 +69,17 @@ class TransformerBlock(Direct):
         own: Any = self._modules
         attn1, attn2, ff = own["attn1"], own["attn2"], own["ff"]
         first = None if attn1.context_dim is None else step.prompts[attn1.slot]
-        x = attn1(own["norm1"].into(attn1.entry, x), first, step.self_bias if self.masked else None, x)
         second = step.prompts[attn2.slot]
-        x = attn2(own["norm2"].into(attn2.entry, x), second, step.prompt_bias if self.masked else None, x)
-        return ff(own["norm3"].into(ff.entry, x), x)
+        self_bias, prompt_bias = (step.self_bias, step.prompt_bias) if self.masked else (None, None)
+        if step.cache is None:
+            x = attn1(own["norm1"].into(attn1.entry, x), first, self_bias, x)
+            x = attn2(own["norm2"].into(attn2.entry, x), second, prompt_bias, x)
+            return ff(own["norm3"].into(ff.entry, x), x)
+        kind, delta = "self" if first is None else "cross", step.cache.delta
+        x = delta(kind, (self.place, 1), x, lambda: attn1(own["norm1"].into(attn1.entry, x), first, self_bias, x))
+        x = delta("cross", (self.place, 2), x,
+                  lambda: attn2(own["norm2"].into(attn2.entry, x), second, prompt_bias, x))
+        return delta("mlp", self.place, x, lambda: ff(own["norm3"].into(ff.entry, x), x))
 
 
 class Transformer2D(Direct):
@@ -146,7 +159,17 @@ class _Block(Direct):
     def attend(self, attention: nn.Module | None, x: Tensor, step: Step) -> Tensor:
         if attention is None:
             return x
-        return attention(x, step) if self.kind == "cross" else attention(x)
+        if self.kind == "cross":
+            return attention(x, step)
+        if step.cache is not None:
+            return step.cache.delta("self", cast(SpatialAttention, attention).place, x, lambda: attention(x))
+        return attention(x)
+
+    def unit(self, number: int, x: Tensor, step: Step) -> Tensor:
+        """One ResNet block with its attention."""
+        resnet = cast(ResnetBlock, self.resnets[number])
+        attention = None if self.kind == "plain" else self.attentions[number]
+        return self.attend(attention, resnet(x, step.times[resnet.slot]), step)
 
 
 class DownBlock(_Block):

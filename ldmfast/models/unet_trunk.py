@@ -8,11 +8,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import ShapeError
+from ..errors import LdmfastError, ShapeError
 from .base import Config, Model
 from .gemm import Conv2d, Linear
 from .layers import GroupNorm, TimestepEmbedding, by_rows, channels_last, timestep_embedding
 from .unet_blocks import DownBlock, MidBlock, Step, UpBlock
+from .unet_cached import number_segments, run_cached, segments
 from .unet_config import UNetPlan
 from .unet_state import Places
 
@@ -35,6 +36,8 @@ class UNetTrunk(Model):
         self.conv_norm_out = GroupNorm(plan.groups, first, plan.eps)
         self.conv_out = Conv2d(first, c.out_channels, kernels[1], padding=(kernels[1] - 1) // 2)
         self.places = Places(self)
+        number_segments(self)
+        self.segments = segments(self)
 
     def _class_embedding(self, plan: UNetPlan) -> nn.Module | None:
         c, kind = self.config, self.config.class_embed_type
@@ -90,6 +93,10 @@ class UNetTrunk(Model):
         waiting = list(adapters or ())
         x = channels_last(sample.to(cast(Tensor, self.conv_in.bias).dtype))
         x = self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
+        if step.cache is not None:
+            if any(c is not None for c in (controls, mid_control, adapters)):
+                raise LdmfastError("residuals of ControlNet or T2I-Adapter and a cache were given; give one of the two")
+            return self.conv_norm_out.conv(self.conv_out, run_cached(self, x, step, step.cache))
         skips = [x]
         for down in self.down_blocks:
             x, new = down(x, step, waiting.pop(0) if waiting else None)

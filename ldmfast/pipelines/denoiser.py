@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..caches import Policy, Session
 from ..errors import PrecisionError
 from .lora import Cast
 
@@ -74,7 +75,8 @@ class Denoiser:
     one_by_one runs every picture in a forward of its own (its guidance branches together), so that no picture's
     bits depend on what shares the batch, whatever the GEMM library does with other batch sizes. casts: networks (with
     their adapters) and the pictures that each draws.
-    extra: (N, c, h, w) channels appended to the network input (9-channel inpainting).
+    extra: (N, c, h, w) channels appended to the network input (9-channel inpainting). cache: policies; ``sessions``
+    are their states, one for each group of pictures that share forwards.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Denoiser:
         extra: torch.Tensor | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
+        cache: Sequence[Policy] = (),
     ) -> None:
         self.dtype = next(casts[0].unet.parameters()).dtype
         self.branches = len(branches)
@@ -105,13 +108,26 @@ class Denoiser:
         self.groups = [_index(rows, device) for _, rows in groups]
         distinct = list(dict.fromkeys(float(t) for t in times))
         self.states = [unet.prepare(distinct, **_stack([b.rows(rows) for b in branches])) for unet, rows in groups]
+        self.sessions = [Session.of(cache, unet, times) for unet in self.unets]
+        # of the conditional branch alone, where a cache ends guidance
+        self.alone = [None if s is None or not 0 < s.single_from < len(times) or len(branches) == 1 else
+                      unet.prepare(distinct, **_stack([branches[-1].rows(rows)]))
+                      for s, (unet, rows) in zip(self.sessions, groups)]
 
     def row(self, t: float) -> int:
         """The number of a timestep in the states."""
         return int(self.states[0].numbers[float(t)])
 
     def __call__(self, x: torch.Tensor, t: float, stage: int) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        return self.predict(x, self.extra, [partial(u, timestep=t, state=s) for u, s in zip(self.unets, self.states)])
+        return self.predict(x, self.extra, [partial(self._network, i, t, stage) for i in range(len(self.unets))])
+
+    def _network(self, group: int, t: float, stage: int, rows: torch.Tensor) -> torch.Tensor:
+        unet, state, session = self.unets[group], self.states[group], self.sessions[group]
+        if session is None:
+            return unet(rows, timestep=t, state=state)
+        if self.alone[group] is not None and session.single(stage):
+            state = self.alone[group]
+        return session.evaluate(partial(unet, timestep=t, state=state, cache=session), rows, stage, self.branches)
 
     def predict(self, x: torch.Tensor, extra: torch.Tensor | None, networks: Sequence[Network]
                 ) -> torch.Tensor | tuple[torch.Tensor, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..caches import Policy
 from ..errors import LdmfastError
 from ..samplers import StepTable, make_table
 from .inputs import GeneratorLike, prepare_image, prepare_mask, repeat_to
@@ -125,10 +126,11 @@ class FluxPipeline(JointPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int = 512,
         solver: str | None = None,
+        cache: Policy | Sequence[Policy] | None = None,
         progress: bool = True,
     ) -> PipelineOutput | tuple[Any, None]:
         """Generate pictures; names, meanings and defaults are diffusers' (28 steps, guidance 3.5), but for
-        ``generator``, ``solver`` (default: the checkpoint's) and ``progress``, which are as in Pipeline.
+        ``generator``, ``solver`` (default: the checkpoint's), ``cache`` and ``progress``, which are as in Pipeline.
 
         guidance_scale: what a guidance-distilled network (dev) is told; nothing to others. true_cfg_scale above 1 with
         a negative prompt: classifier-free guidance, twice the work. prompt_2: for T5, if another text. latents, and

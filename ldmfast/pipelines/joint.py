@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..caches import CacheReport, Policy, Session, check_cache, from_settings
 from ..errors import LdmfastError, ShapeError
 from ..samplers import StepTable
 from .inputs import RandomSource, check_inputs_of_callback, check_lists, check_size, random_source
@@ -50,6 +51,7 @@ class JointRequest:
     callback: Callable[..., Any] | None
     progress: bool
     skip_layers: tuple[int, ...] = ()
+    cache: tuple[Policy, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
     pixels: dict[str, Tensor] = field(default_factory=dict)
 
@@ -150,6 +152,7 @@ class JointPipeline(Pipeline):
             texts, negative_texts, embeds, negative_embeds, count * per_prompt, per_prompt, int(height), int(width),
             scale, steps, random_source(a["generator"], count * per_prompt), latents, a["output_type"],
             a.get("clip_skip"), length, a["callback_on_step_end"], bool(a["progress"]), tuple(skip_layers),
+            check_cache(a["cache"], self.unet, steps.network_times.tolist()),
             {**kept, "height": int(height), "width": int(width)})
 
 
@@ -213,7 +216,7 @@ class JointPipeline(Pipeline):
             if request.output_type != "latent":
                 latents = self.unpack(latents, request.height, request.width)
                 images = to_output(decode(self, latents), request.output_type)
-        return PipelineOutput(images, self._settings(request), cancelled)
+        return PipelineOutput(images, self._settings(request), cancelled, report=CacheReport.of(denoiser.sessions))
 
     def _branches(self, request: JointRequest) -> list[PromptEmbeds]:
         """[uncond, cond], or [cond] without guidance, one row a picture."""
@@ -241,6 +244,7 @@ class JointPipeline(Pipeline):
             "timesteps": None, "sigmas": None, "guidance_rescale": 0.0, "eta": 0.0, "image": None, "mask_image": None,
             "repeatable": (request.texts is not None and request.negative_embeds is None
                            and request.latents is None and request.callback is None and not request.pixels),
+            "cache": [p.to_dict() for p in request.cache],
             **request.arguments, "arguments": request.arguments}
         rows = []
         for i in range(request.pictures):
@@ -264,10 +268,11 @@ class JointPipeline(Pipeline):
         rows = settings.get("batch") or [settings]
         texts = {name: [row["texts"][name] for row in rows] for name in rows[0]["texts"]}
         call: Any = self  # the families' arguments are not Pipeline's
-        out = call(**settings["arguments"], **texts, generator=[row["seed"] for row in rows], progress=progress)
+        out = call(**settings["arguments"], **texts, generator=[row["seed"] for row in rows], progress=progress,
+                   cache=from_settings(settings.get("cache")))
         assert isinstance(out, PipelineOutput)
         index = settings.get("index", 0) if settings.get("batch") else 0
-        return PipelineOutput([out.images[index]], [out.settings[index]], out.cancelled)
+        return PipelineOutput([out.images[index]], [out.settings[index]], out.cancelled, report=out.report)
 
 
 def _given(a: dict[str, Any], prefix: str) -> PromptEmbeds | None:
@@ -300,6 +305,8 @@ class JointDenoiser:
         n = request.pictures
         self.groups = [slice(i, i + 1) for i in range(n)] if pipe.precision == "exact" else [slice(0, n)]
         self.states = [self._prepare(branches, group) for group in self.groups]
+        times = [self.pipe.network_time(float(t)) for t in request.table.network_times]
+        self.sessions = [Session.of(request.cache, pipe.unet, times) for _ in self.groups]
         self.skipping = [self._prepare(branches[-1:], group) for group in self.groups] if request.skip_layers else []
 
     def _prepare(self, branches: Sequence[PromptEmbeds], group: slice) -> Any:
@@ -312,12 +319,19 @@ class JointDenoiser:
 
     def __call__(self, x: Tensor, t: float, stage: int) -> Tensor | tuple[Tensor | None, ...]:
         net, time, x = self.unet, self.network_time(float(t)), self._beside(x, self.extra)
-        outs: list[Tensor | None] = self._joined(x, [partial(net, timestep=time, state=s) for s in self.states])
+        networks = [partial(self._network, i, time, stage) for i in range(len(self.states))]
+        outs: list[Tensor | None] = self._joined(x, networks)
         if self.request.skip_layers:
             reads = bool(self.request.table.needs_prediction[stage][2])
             outs.append(torch.cat([net(x[g], time, state=s, skip_layers=self.request.skip_layers)
                                    for g, s in zip(self.groups, self.skipping)]) if reads else None)
         return cast(Tensor, outs[0]) if len(outs) == 1 else tuple(outs)
+
+    def _network(self, group: int, time: float, stage: int, rows: Tensor) -> Tensor:
+        state, session = self.states[group], self.sessions[group]
+        if session is None:
+            return cast(Tensor, self.unet(rows, timestep=time, state=state))
+        return session.evaluate(partial(self.unet, timestep=time, state=state, cache=session), rows, stage)
 
     def row(self, t: float) -> int:
         """The number of a timestep in the states."""

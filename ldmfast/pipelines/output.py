@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
+from ..caches import CacheReport
 from ..errors import LdmfastError
 
 _KEY = "ldmfast"
@@ -25,6 +26,7 @@ class PipelineOutput:
     images: list of PIL pictures, an (N, H, W, 3) float array in [0, 1], an (N, 3, H, W) tensor in [0, 1], or
         latents (N, C, h, w), as ``output_type`` asked.
     settings: one dictionary a picture; :func:`save_png` writes it into the file.
+    report: what the call's cache did, None without one.
     cancelled: True when the callback ended the call early; the pictures then show the state reached.
     """
 
@@ -32,6 +34,7 @@ class PipelineOutput:
     settings: list[dict[str, Any]] = field(default_factory=list)
     cancelled: bool = False
     nsfw_content_detected: None = None
+    report: CacheReport | None = None
 
     def __getitem__(self, index: int) -> Any:
         return (self.images, self.nsfw_content_detected)[index]

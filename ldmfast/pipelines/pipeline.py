@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from .. import checkpoints
+from ..caches import Policy
 from ..errors import CheckpointError
 from ..models import REGISTRY, DiT, FluxTransformer2D, PixArt, SD3Transformer2D
 from .inputs import GeneratorLike
@@ -184,6 +185,7 @@ class Pipeline(LoraMethods):
         max_sequence_length: int | None = None,
         use_resolution_binning: bool = True,
         loras: Any = None,
+        cache: Policy | Sequence[Policy] | None = None,
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
@@ -211,6 +213,8 @@ class Pipeline(LoraMethods):
             times its scaling factor).
         loras: adapters of this call in place of the active ones: a name, or {name: weight} ({} for none), or a list of
             these with one for each picture.
+        cache: a policy of :mod:`ldmfast.caches`, or several, by which parts of the network's evaluations are reused or
+            forecast from earlier ones: faster, another picture. ``report`` of the result says what was left out.
         prompt_weighting: reads "(word:1.3)", "((word))", "[word]" and BREAK in prompts, and encodes prompts of any
             length in chunks of the text encoder's size, as ComfyUI does (``ldmfast.pipelines.prompt_weights``).
         callback_on_step_end(call, step, timestep, {"latents": x}): may return {"latents": replacement};

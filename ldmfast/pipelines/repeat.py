@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..caches import from_settings
 from ..errors import LdmfastError
 from .lora import check_loras, weights_of
 from .output import PipelineOutput
@@ -68,7 +69,8 @@ def repeat(pipe: Pipeline, settings: dict[str, Any], *, image: Any, mask_image: 
     for name in ("use_resolution_binning", "max_sequence_length"):
         if settings.get(name) is not None:
             arguments[name] = settings[name]
+    arguments["cache"] = from_settings(settings.get("cache"))
     out = pipe(**arguments, generator=[row["seed"] for row in rows], progress=progress)
     assert isinstance(out, PipelineOutput)
     index = settings.get("index", 0) if settings.get("batch") else 0
-    return PipelineOutput([out.images[index]], [out.settings[index]], out.cancelled)
+    return PipelineOutput([out.images[index]], [out.settings[index]], out.cancelled, report=out.report)

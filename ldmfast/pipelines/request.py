@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..caches import Policy, check_cache
 from ..errors import LdmfastError, ShapeError
 from ..loras import Choice
 from ..models import DiT, PixArt
@@ -70,6 +71,7 @@ class Request:
     callback: Callable[..., Any] | None
     progress: bool
     guided: bool
+    cache: tuple[Policy, ...]
 
     @classmethod
     def resolve(cls, pipe: Pipeline, **a: Any) -> Request:
@@ -120,6 +122,7 @@ class Request:
             class_labels=_class_labels(pipe, a["class_labels"], pictures), loras=choices(pipe, a["loras"], pictures),
             original_size=a["original_size"] or size, crops_coords_top_left=tuple(a["crops_coords_top_left"]),
             target_size=a["target_size"] or size, callback=a["callback_on_step_end"], progress=bool(a["progress"]),
+            cache=check_cache(a["cache"], pipe.unet, table.network_times.tolist()),
         )
 
 

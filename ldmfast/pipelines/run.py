@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from .. import __version__
+from ..caches import CacheReport, ParaStep
 from ..errors import LdmfastError, ShapeError
 from ..models import DiT, PixArt
 from ..ops._load import reused_memory
@@ -83,10 +84,12 @@ def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
         x, blend, extra = _start(pipe, request)
         times = request.table.network_times.tolist()
         denoiser = Denoiser(casts, branches, times, one_by_one=pipe.precision == "exact", extra=extra,
-                            guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale)
+                            guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale,
+                            cache=request.cache)
         return denoiser, x, blend
 
-    latents, cancelled = sample_latents(pipe, request, *prepare())
+    denoiser, start, blend = prepare()
+    latents, cancelled = sample_latents(pipe, request, denoiser, start, blend)
     if not finite(latents):
         request.random.restore(states)
         part, networks = next(iter(pipe.components)), [("vae", pipe.vae)]
@@ -98,7 +101,7 @@ def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
         images: Any = latents
     else:
         images = to_output(fit(decode(pipe, latents), *request.asked_size), request.output_type)
-    return PipelineOutput(images, _settings(pipe, request), cancelled)
+    return PipelineOutput(images, _settings(pipe, request), cancelled, report=CacheReport.of(denoiser.sessions))
 
 
 def _embeds(pipe: Pipeline, request: Request, casts: Sequence[Cast]
@@ -246,7 +249,10 @@ def sample_latents(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torc
             return denoiser(x_in, t, stage)
 
         table, generator, out = request.table, request.random.argument, None
-        if pipe.engine is not None:
+        parallel = next((p for p in request.cache if isinstance(p, ParaStep)), None)
+        if parallel is not None:
+            out = parallel.sample(unless_cancelled, x, table=table, generator=generator, callback=on_step)
+        elif pipe.engine is not None:
             out = pipe.engine.sample(denoiser, x, table=table, generator=generator, callback=on_step,
                                      before_stage=stop_if_cancelled)
         if out is None:
@@ -362,6 +368,7 @@ def _settings(pipe: Pipeline, request: Request) -> list[dict[str, Any]]:
         "crops_coords_top_left": list(request.crops_coords_top_left),
         "image": digest(request.image), "mask_image": digest(request.mask_image),
         "repeatable": request.prompt_embeds is None and request.latents is None and request.callback is None,
+        "cache": [p.to_dict() for p in request.cache],
         "vae_tiling": pipe.vae_tiling, "fused_loras": fused_settings(pipe),
     }
     rows = []

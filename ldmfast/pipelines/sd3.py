@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..caches import Policy
 from ..errors import LdmfastError
 from ..samplers import StepTable, make_table
 from .inputs import GeneratorLike
@@ -83,10 +84,11 @@ class StableDiffusion3Pipeline(JointPipeline):
         skip_layer_guidance_start: float = 0.01,
         mu: float | None = None,
         solver: str | None = None,
+        cache: Policy | Sequence[Policy] | None = None,
         progress: bool = True,
     ) -> PipelineOutput | tuple[Any, None]:
         """Generate pictures; names, meanings and defaults are diffusers' (28 steps, guidance 7), but for ``generator``,
-        ``solver`` (default: the checkpoint's) and ``progress``, which are as in Pipeline.
+        ``solver`` (default: the checkpoint's), ``cache`` and ``progress``, which are as in Pipeline.
 
         prompt_2, prompt_3: for the second CLIP encoder and T5, if other texts. latents: (N, C, h, w).
         skip_guidance_layers: blocks left out in a third prediction, from which the result is pushed away by

@@ -36,7 +36,7 @@ class _Combination:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
     time: float
     scale: _Combination | None
     x0: _Combination | None
@@ -54,7 +54,7 @@ class Plan:
     """A table as the loop wants it: per stage the pointer moves and the combinations with their non-zero
     coefficients, all of them in one flat float64 tensor. Holds no state; threads may share it."""
 
-    stages: tuple[_Stage, ...]
+    stages: tuple[Stage, ...]
     coefficients: Tensor
 
 
@@ -90,7 +90,7 @@ def compile_table(table: StepTable) -> Plan:
         if table.clip is not None and table.x0_rows[i].any():
             x0 = combination(columns.index("x0"), table.x0_rows[i])
         step = int(table.step_index[i])
-        stages.append(_Stage(
+        stages.append(Stage(
             float(table.network_times[i]), scale, x0, bool(table.needs_noise[i]), tuple(moves),
             tuple(combinations), tuple(bool(v) for v in table.needs_prediction[i]), step,
             bool(table.step_end[i]), float(table.timesteps[step])))
@@ -137,17 +137,11 @@ def sample(denoise: Denoiser, x: Tensor, schedule: Schedule | None = None, solve
     state: list[Any] = [x] * len(table.columns)
     try:
         for index, stage in enumerate(plan.stages):
-            _predict(denoise, state, coefficients, stage, index, names)
+            predict(denoise, state, coefficients, stage, index, names)
             if stage.noise:
                 state[noise_column] = draw(index, state[0])
-            if stage.x0 is not None and table.clip is not None:
-                state[stage.x0.slot] = table.clip(_combine(coefficients, stage.x0, state))
-            _advance(coefficients, stage, state)
-            if stage.ends_step and callback is not None:
-                replacement = callback(stage.step, stage.step_time, state[0])
-                if replacement is not None:
-                    _check_shape(replacement, x, "the callback's x")
-                    state[0] = replacement
+            advance(table, coefficients, stage, state)
+            report(stage, state, callback)
     except StopSampling:
         pass
     return state[0]
@@ -165,8 +159,8 @@ def _resolve(table: StepTable | None, schedule: Schedule | None, solver: str | N
     return table if guidance is None else table.with_guidance(guidance)
 
 
-def _predict(denoise: Denoiser, state: list[Any], coefficients: Tensor, stage: _Stage, index: int,
-             names: int) -> None:
+def predict(denoise: Denoiser, state: list[Any], coefficients: Tensor, stage: Stage, index: int,
+            names: int) -> None:
     """Evaluate the network into the prediction columns."""
     x = state[0]
     out = denoise(x if stage.scale is None else _combine(coefficients, stage.scale, state), stage.time, index)
@@ -199,13 +193,24 @@ def _combine(coefficients: Tensor, combination: _Combination, state: list[Any]) 
     return ops.lincomb(row, 0, [state[j] for j in combination.columns])
 
 
-def _advance(coefficients: Tensor, stage: _Stage, state: list[Any]) -> None:
-    """S <- M S: all results from the old state, then stored."""
+def advance(table: StepTable, coefficients: Tensor, stage: Stage, state: list[Any]) -> None:
+    """S <- M S: all results from the old state, then stored. Before it the picture is clipped where the table does."""
+    if stage.x0 is not None and table.clip is not None:
+        state[stage.x0.slot] = table.clip(_combine(coefficients, stage.x0, state))
     results = [(slot, state[source]) for slot, source in stage.moves]
     results += [(c.slot, _combine(coefficients, c, state)) for c in stage.combinations]
     dtype = state[0].dtype
     for slot, value in results:
         state[slot] = value.to(dtype) if slot == 0 else value
+
+
+def report(stage: Stage, state: list[Any], callback: StepCallback | None) -> None:
+    """Calls back at the end of a step; the answer, if any, is the new x."""
+    if stage.ends_step and callback is not None:
+        replacement = callback(stage.step, stage.step_time, state[0])
+        if replacement is not None:
+            _check_shape(replacement, state[0], "the callback's x")
+            state[0] = replacement
 
 
 def noise_source(generator: Generators, x: Tensor) -> NoiseFunction:

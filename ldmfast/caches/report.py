@@ -1,0 +1,48 @@
+"""What a cache did in a call: counted, for ``out.report``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """policies: as given. steps: evaluations that the sampler asked for. evaluations: for each group of pictures that
+    share forwards, how many of them ran the network at all. single: of these, without the unconditional branch.
+    computed, reused, forecast: segments by kind, over all groups. decisions: for each group the kinds that were not
+    computed, evaluation by evaluation. bytes: the most that was held at once, all groups together.
+    critical_path: evaluations one after another if those that do not wait for each other ran at once.
+    """
+
+    policies: tuple[str, ...]
+    steps: int
+    evaluations: tuple[int, ...]
+    single: tuple[int, ...]
+    computed: dict[str, int]
+    reused: dict[str, int]
+    forecast: dict[str, int]
+    decisions: tuple[tuple[str, ...], ...]
+    bytes: int
+    critical_path: int
+
+    @classmethod
+    def of(cls, given: Sequence[Session | None]) -> CacheReport | None:
+        """Of a call's sessions; None where it had no cache."""
+        sessions = [s for s in given if s is not None]
+        if not sessions:
+            return None
+        totals = {name: sum((getattr(s, name) for s in sessions), Counter())
+                  for name in ("computed", "reused", "forecast")}
+        evaluations = max(s.evaluations for s in sessions)
+        return cls(tuple(repr(p) for p in sessions[0].policies), sessions[0].call.steps,
+                   tuple(s.evaluations for s in sessions), tuple(s.single_evaluations for s in sessions),
+                   *(dict(c) for c in totals.values()),
+                   tuple(tuple("+".join(sorted(kinds)) for kinds in s.skipped) for s in sessions),
+                   sum(s.store.peak for s in sessions),
+                   min(p.critical_path(evaluations) for p in sessions[0].policies))
