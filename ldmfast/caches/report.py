@@ -37,12 +37,12 @@ class CacheReport:
         sessions = [s for s in given if s is not None]
         if not sessions:
             return None
-        totals = {name: sum((getattr(s, name) for s in sessions), Counter())
-                  for name in ("computed", "reused", "forecast")}
+        computed, reused, forecast = (dict(sum((getattr(s, name) for s in sessions), Counter()))
+                                      for name in ("computed", "reused", "forecast"))
         evaluations = max(s.evaluations for s in sessions)
         return cls(tuple(repr(p) for p in sessions[0].policies), sessions[0].call.steps,
                    tuple(s.evaluations for s in sessions), tuple(s.single_evaluations for s in sessions),
-                   *(dict(c) for c in totals.values()),
+                   computed, reused, forecast,
                    tuple(tuple("+".join(sorted(kinds)) for kinds in s.skipped) for s in sessions),
                    sum(s.store.peak for s in sessions),
                    min(p.critical_path(evaluations) for p in sessions[0].policies))

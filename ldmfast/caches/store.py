@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 
 from torch import Tensor
 
@@ -81,7 +82,7 @@ class Store:
         for (kind, _), row in self._values.items():
             for i, (step, held) in enumerate(row):
                 self.bytes -= _size(held)
-                row[i] = step, tuple(None if x is None else x.map(lambda t, k=kind: function(k, t)) for x in held)
+                row[i] = step, tuple(None if x is None else x.map(partial(function, kind)) for x in held)
                 self.bytes += _size(row[i][1])
 
 

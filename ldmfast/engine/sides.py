@@ -1,4 +1,4 @@
-"""Adapters beside a recorded network: their matrices lie in buffers, which each call fills with those of its own."""
+"""Adapters beside a recorded network: their matrices and weights lie in buffers, which each call fills with its own."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..loras.side import Side
+from ..loras.side import Pair, Side
 from ..loras.twin import shallow, twin
 
 
@@ -25,18 +25,21 @@ def identity(network: nn.Module) -> Hashable:
     if not _layers(network):
         return id(network)
     tensors = tuple(id(t) for t in (*network.parameters(), *network.buffers()))
-    adapters = tuple((i, m.lora.down.shape, m.lora.up.shape, m.lora.down.dtype) for i, m in enumerate(network.modules())
-                     if isinstance(getattr(m, "lora", None), Side))
+    sides = ((i, getattr(m, "lora", None)) for i, m in enumerate(network.modules()))
+    adapters = tuple((i, *((p.down.shape, p.ordered.shape, p.down.dtype) for p, _ in s.pairs)) for i, s in sides
+                     if isinstance(s, Side))
     return tensors, adapters
 
 
 def own(network: nn.Module) -> nn.Module:
-    """The network with copies of its adapters' matrices, to be written; all else is shared. Itself without adapters."""
+    """The network with copies of its adapters' matrices and weights, to be written; all else is shared. Itself without
+    adapters."""
     changed: dict[nn.Module, nn.Module] = {}
     for layer in _layers(network):
         new = shallow(layer)
         side = copy.copy(layer.lora)
-        side.down, side.up = (t.clone(memory_format=torch.preserve_format) for t in (side.down, side.up))
+        side.pairs = [(Pair(p.down.clone(), p.up, p.ordered.clone()), torch.full((1,), w, device=p.down.device))
+                      for p, w in side.pairs]
         vars(new)["lora"] = side
         changed[layer] = new
     found: nn.Module = twin(network, changed) if changed else network  # type: ignore[arg-type]
@@ -47,14 +50,18 @@ class Sides:
     """The buffers of a network that ``own`` gave."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.buffers = _matrices(network)
+        self.pairs = _pairs(network)
 
     def load(self, network: nn.Module) -> None:
-        """Copies the matrices of another network of the same identity into them."""
-        values = _matrices(network) if self.buffers else []
-        if values and values[0] is not self.buffers[0]:
-            torch._foreach_copy_(self.buffers, values)
+        """Copies the adapters of another network of the same identity into them."""
+        given = _pairs(network) if self.pairs else []
+        if not given or given[0][0] is self.pairs[0][0]:
+            return
+        buffers, values = ([t for p, _ in pairs for t in (p.down, p.ordered)] for pairs in (self.pairs, given))
+        torch._foreach_copy_(buffers, values)
+        for (_, weight), (_, w) in zip(self.pairs, given):
+            weight.fill_(w)
 
 
-def _matrices(network: nn.Module) -> list[Tensor]:
-    return [t for layer in _layers(network) for t in (layer.lora.down, layer.lora.up)]
+def _pairs(network: nn.Module) -> list[tuple[Pair, Any]]:
+    return [pair for layer in _layers(network) for pair in layer.lora.pairs]

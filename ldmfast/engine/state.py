@@ -62,6 +62,6 @@ def fill(kept: Any, given: Any) -> None:
     """A call's numbers into the buffers."""
     for buffer, values in zip(by_time(kept), by_time(given)):
         buffer[: len(values)].copy_(values)
-    buffers, values = list(of_call(kept)), list(of_call(given))
+    buffers, numbers = list(of_call(kept)), list(of_call(given))
     if buffers:
-        torch._foreach_copy_(buffers, values)
+        torch._foreach_copy_(buffers, numbers)

@@ -76,7 +76,7 @@ class Side:
         for h, (p, w) in zip(inner, self.pairs):
             if scale is not None:
                 h.mul_(scale * w)
-            elif w != 1:
+            elif isinstance(w, Tensor) or w != 1:
                 h.mul_(w)
             out = linear(h, p.ordered, None, out)
         assert out is not None

@@ -36,7 +36,8 @@ def segments(model: nn.Module) -> tuple[str, ...]:
 
 def run_cached(model: UNetTrunk, x: Tensor, step: Step, cache: Session) -> Tensor:
     """From the input convolution's output to the last norm's input, both (N, C, H, W)."""
-    downs = [(cast(DownBlock, b), i) for b in model.down_blocks for i in range(len(b.resnets) + len(b.downsamplers))]
+    blocks = [cast(DownBlock, b) for b in model.down_blocks]
+    downs = [(b, i) for b in blocks for i in range(len(b.resnets) + len(b.downsamplers))]
     first = cast(ResnetBlock, downs[0][0].resnets[0])
 
     def modulated() -> Tensor:
@@ -53,7 +54,7 @@ def run_cached(model: UNetTrunk, x: Tensor, step: Step, cache: Session) -> Tenso
 def _through(model: UNetTrunk, downs: list[tuple[DownBlock, int]], x: Tensor, second: Tensor | None, step: Step,
              cache: Session) -> Tensor:
     """second: the second skip tensor, where it is there already."""
-    ups = [(cast(UpBlock, b), i) for b in model.up_blocks for i in range(len(b.resnets))]
+    ups = [(cast(UpBlock, b), i) for b in model.up_blocks for i in range(len(cast(nn.ModuleList, b.resnets)))]
     branch = min(cache.branch, len(downs))
     skips = [x]
     for j in range(branch):
