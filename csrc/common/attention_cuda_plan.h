@@ -77,7 +77,7 @@ struct MmaTile {
   static constexpr int pitch = (chunks | 1) * 8;
   static constexpr int blocks = D <= 80 ? 2 : 1;  // of 16 queries a warp: two halve the traffic of shared memory, but
                                                   // 160 columns of results for two do not fit the registers
-  static constexpr int keys = D == 80 ? 48 : 64;  // of one tile; 64 spill at 80 on sm_80
+  static constexpr int keys = D == 80 ? 32 : D == 72 ? 48 : 64;  // of one tile; more spill on sm_80 or sm_100a
   static constexpr int warps = 4;                 // at most
   static constexpr int rows(int used_warps) { return used_warps * 16 * blocks; }
   static constexpr int shared_bytes(int used_warps) { return 2 * pitch * (rows(used_warps) + 4 * keys); }
