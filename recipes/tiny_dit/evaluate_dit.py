@@ -70,7 +70,8 @@ def main() -> None:
         pipe, step = load_pipeline(args.folder, args.which)
         print("iterations", step)
     else:
-        pipe = StableDiffusion3Pipeline.from_pretrained(args.model, torch_dtype=torch.float32)
+        pipe = StableDiffusion3Pipeline.from_pretrained(args.model, torch_dtype=torch.float32, text_encoder_3=None,
+                                                        tokenizer_3=None)
     if args.shift is not None:
         pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=args.shift)
     scenes = sample_scenes(args.count, seed=args.scenes, split="heldout")
