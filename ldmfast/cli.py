@@ -55,9 +55,11 @@ def _fail(error: Exception) -> None:
 
 def _open(model: str, precision: str, device: str) -> Pipeline:
     from .pipelines import Pipeline
+    from .pipelines.pipeline import TINY
 
-    if model == "tiny":
-        return Pipeline.tiny(precision=precision, device=device)
+    for network, name in TINY.items():
+        if model == name:
+            return Pipeline.tiny(network, precision=precision, device=device)
     if Path(model).is_file():
         return Pipeline.from_single_file(model, precision=precision, device=device)
     return Pipeline.from_pretrained(model, precision=precision, device=device)
@@ -85,8 +87,8 @@ def _live_kernels(device: str) -> str:
 @app.command(epilog=EXAMPLES)
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
-    model: Annotated[str | None, typer.Option(help="A diffusers folder, a single .safetensors file, or 'tiny', the "
-                                                   "shipped model (default).")] = None,
+    model: Annotated[str | None, typer.Option(help="A diffusers folder, a single .safetensors file, or a "
+                                                   "shipped model: 'tiny' (default), 'tiny-dit'.")] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; with --num above 1, name-0.png, name-1.png, ...")
                    ] = Path("out.png"),
     seed: Annotated[int | None, typer.Option(help="Picture i uses seed + i. Default: a fresh one, printed.")] = None,

@@ -13,7 +13,7 @@ import torch
 
 from .. import checkpoints
 from ..caches import Policy
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LdmfastError
 from ..models import REGISTRY, DiT, FluxTransformer2D, PixArt, SD3Transformer2D
 from .inputs import GeneratorLike
 from .load import ASSETS, Components, load, resolve_device, resolve_precision
@@ -24,6 +24,8 @@ from .run import run
 
 if TYPE_CHECKING:
     from ..engine import Engine
+
+TINY = {"unet": "tiny", "dit": "tiny-dit"}  # shipped networks and what the command line calls them
 
 
 def _engine(device: torch.device) -> Engine | None:
@@ -102,14 +104,22 @@ class Pipeline(LoraMethods):
     @classmethod
     def tiny(
         cls,
+        network: str = "unet",
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         precision: str | None = None,
     ) -> Pipeline:
-        """The model that ships with ldmfast: 64x64 pictures of coloured shapes (recipes/tiny)."""
-        pipe = cls.from_pretrained(ASSETS / "tiny", dtype=dtype, device=device, precision=precision)
-        pipe.source = "tiny"
+        """The model that ships with ldmfast: 64x64 pictures of coloured shapes (recipes/tiny).
+
+        network: "unet", or "dit" for the diffusion transformer that draws the same scenes (recipes/tiny_dit).
+        Raises LdmfastError for another.
+        """
+        if network not in TINY:
+            raise LdmfastError(f"network={network!r} does not ship with ldmfast: use one of {', '.join(TINY)}")
+        pipe = cls.from_pretrained(ASSETS / TINY[network].replace("-", "_"), dtype=dtype, device=device,
+                                   precision=precision)
+        pipe.source = TINY[network]
         return pipe
 
     @property
