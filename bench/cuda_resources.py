@@ -146,7 +146,7 @@ def catch(launch: Callable[[], Any]) -> list[Launch]:
 
 
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-            torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8"}
+            torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8"}
 
 
 def _specialise(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
@@ -243,6 +243,9 @@ def triton_calls() -> Iterator[tuple[str, str, tuple]]:
     yield "qk_norm_rope", "flux single", (flux, None, *w[:2], None, None, angles[0], angles[0], True, 1e-6)
     yield "qk_norm_rope", "halves", (flux, None, *w[:2], None, None, angles[0], angles[0], False, 1e-6)
     yield "qk_norm_rope", "sd3 join", (meta(2, 4096, 3, 24, 64), meta(2, 333, 3, 24, 64), *[None] * 6, True, None)
+    cache, places = meta(1, 32760, 2, 12, 128), meta(1, 1560, dtype=torch.int64)
+    yield "kv_append", "ring", (cache, meta(1, 1560, 2, 12, 128), places, True)
+    yield "kv_gather", "beams", (cache.expand(4, *cache.shape[1:]), places, meta(4, dtype=torch.int64), False)
     yield "upsample2x", "nhwc", (meta(2, 640, 32, 32, last=True),)
     yield "upsample2x", "nchw", (meta(2, 640, 32, 32),)
     table, row = meta(20, 4, dtype=torch.float64), meta(1, dtype=torch.int64)[0]

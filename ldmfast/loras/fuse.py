@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.gemm import Conv2d, rows_to_int8
-from ..models.rowwise import RowwiseWeight
+from ..models.gemm import Conv2d
+from ..models.rowwise import RowwiseWeight, rows_to_int8
 from .side import Layer, Pair
 from .twin import shallow
 

@@ -15,9 +15,9 @@ from ..errors import CheckpointError
 from ..ops._load import keep_freed_memory
 from ..quantization import Plan
 from .config_values import check_values
-from .gemm import Conv2d, Linear, rows_to_int8
+from .gemm import Conv2d, Linear
 from .layers import Joined
-from .rowwise import FORMS, fits
+from .rowwise import FORMS, fits, rows_to_int8
 
 C = TypeVar("C", bound="Config")
 M = TypeVar("M", bound="Model")

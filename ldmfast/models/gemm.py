@@ -19,7 +19,7 @@ from ..ops.linear_geglu import plain_weight, side_by_side
 from ..ops.pack_weight import image_weight
 from .direct import Direct
 from .onednn import INT8_SCHEMAS, SCHEMAS, Packed, as_expected
-from .rowwise import RowwiseWeight
+from .rowwise import RowwiseWeight, rows_to_int8
 
 ONEDNN = as_expected(SCHEMAS, "products run through torch.nn.functional, which is slower")
 ONEDNN_INT8 = as_expected(INT8_SCHEMAS, "int8 products run as floating-point ones, which is slower")
@@ -65,12 +65,6 @@ def _packs_own(weight: Tensor, least: tuple[int, int] = (1, 1)) -> bool:
 
 def _at_least(weight: Tensor, least: tuple[int, int]) -> bool:
     return weight.shape[0] >= least[0] and weight.shape[1] >= least[1]
-
-
-def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (out, ...) -> int8 values and one fp32 scale for each output, symmetric: value * scale."""
-    values, scale = ops.quantize_rowwise(weight.detach().flatten(1))
-    return values.view(weight.shape), scale
 
 
 def _sums(values: Tensor) -> Tensor:
@@ -224,10 +218,9 @@ class Linear(Direct, nn.Linear):
         return q.binary_tensor(*x, w.values, w.scale, w.zeros, residual, w.bias, 1.0, 0, dtype, 1.0, 0, "add", 1.0,
                                "none", [], "")
 
-    def quantize_rows(self, form: str, weight: Tensor | None = None) -> None:
-        """Turns into a product of 8 bits with a scale for each row, of its own plain weight or of another.
-        form: one of rowwise.FORMS."""
-        self.rowwise = RowwiseWeight(self.weight if weight is None else weight, self.bias, form)
+    def quantize_rows(self, form: str) -> None:
+        """Turns into a product of 8 bits with a scale for each row, of its plain weight. form: of rowwise.FORMS."""
+        self.rowwise = RowwiseWeight(self.weight, self.bias, form)
         self.register_parameter("weight", None)
 
     def pack(self) -> None:

@@ -65,6 +65,12 @@ def fits(weight: Tensor) -> bool:
     return weight.ndim == 2 and weight.numel() > 0 and all(size % _STEP == 0 for size in weight.shape)
 
 
+def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (out, ...) -> int8 values and one fp32 scale for each output, symmetric: value * scale."""
+    values, scale = ops.quantize_rowwise(weight.detach().flatten(1))
+    return values.view(weight.shape), scale
+
+
 class RowwiseWeight(nn.Module):
     """Weight of a product whose two factors are rounded to 8 bits row by row; nothing of higher precision is kept.
 

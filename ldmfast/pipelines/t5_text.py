@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..checkpoints import Parts
 from ..errors import CheckpointError, LdmfastError
-from ..models.gemm import rows_to_int8
+from ..models.rowwise import rows_to_int8
 from .text import PromptEmbeds
 
 _LOCK = threading.Lock()  # tokenizers keep state while they run

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ..checkpoints import safetensors
 from ..errors import CheckpointError
 from ..models.base import Model, keep_freed_memory
-from ..models.gemm import Conv2d, Linear, rows_to_int8
+from ..models.gemm import Conv2d, Linear
 from ..models.layers import Joined
+from ..models.rowwise import rows_to_int8
 from .plan import Plan
 
 M = TypeVar("M", bound=Model)
