@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pickle
 import threading
@@ -119,6 +120,34 @@ def test_one_thread_sees_no_difference():
     assert np.abs(wanted - got).max() <= 1e-4
     ldmfast.restore(twin)
     assert vars(pipe).keys() == vars(other).keys()
+
+
+def test_a_pipeline_of_two_tokenizers_and_a_wrapper_of_somebody_else():
+    """SD 3 keeps a number by the name of tokenizer_max_length. Who wraps the call of an accelerated class stays."""
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained("ldmfast/assets/tiny_dit", text_encoder_3=None,
+                                                              tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    plain = type(pipe).__call__
+    ldmfast.accelerate(pipe)
+
+    def picture(i):
+        return pipe(PROMPTS[i % 3], num_inference_steps=2, max_sequence_length=1, output_type="np",
+                    generator=torch.Generator().manual_seed(i)).images
+
+    wanted, found = [picture(i) for i in range(4)], {}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: picture(i)})) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all(np.array_equal(found[i], wanted[i]) for i in range(4))
+
+    ours = type(pipe).__call__
+    assert ours is not plain
+    type(pipe).__call__ = theirs = functools.wraps(ours)(lambda *args, **kwargs: ours(*args, **kwargs))
+    ldmfast.restore(pipe)
+    assert type(pipe).__call__ is theirs
+    type(pipe).__call__ = plain
 
 
 class Own(StableDiffusionPipeline):

@@ -48,7 +48,7 @@ class Mark:
         with _gate:
             for owner, name in _places(kind):
                 theirs = vars(owner)[name]
-                if not hasattr(theirs, _MARK):
+                if not _is_ours(theirs):
                     setattr(owner, name, _WRAPPERS[name](theirs))
                 _marks.setdefault((owner, name), weakref.WeakSet()).add(self)
 
@@ -60,7 +60,7 @@ class Mark:
             for owner, name in _places(self.kind):
                 left, ours = _marks[owner, name], vars(owner)[name]
                 left.discard(self)
-                if not left and hasattr(ours, _MARK):  # else somebody wrapped it since; without marks ours does nothing
+                if not left and _is_ours(ours):  # else somebody wrapped it since; without marks ours does nothing
                     setattr(owner, name, ours.__wrapped__)
 
 
@@ -73,6 +73,10 @@ def unshare(pipe: Any) -> None:
     mark = vars(pipe).pop(_MARK, None)
     if mark is not None:
         mark.remove()
+
+
+def _is_ours(method: Any) -> bool:
+    return getattr(method, _MARK, None) is method  # functools.wraps copies the mark to whoever wraps ours
 
 
 def _places(kind: type) -> list[tuple[type, str]]:
@@ -89,7 +93,7 @@ def _call(theirs: Callable[..., Any]) -> Callable[..., Any]:
         with _turn(self) as pipe:
             return theirs(pipe, *args, **kwargs)
 
-    setattr(__call__, _MARK, True)
+    setattr(__call__, _MARK, __call__)
     return __call__
 
 
@@ -103,7 +107,7 @@ def _encode_prompt(theirs: Callable[..., Any]) -> Callable[..., Any]:
                 held.enter_context(lock)
             return theirs(self, *args, **kwargs)
 
-    setattr(encode_prompt, _MARK, True)
+    setattr(encode_prompt, _MARK, encode_prompt)
     return encode_prompt
 
 
@@ -145,7 +149,7 @@ def _place(pipe: Any) -> tuple[Any, dict[int, tuple[Any, int, Any]]] | None:
 
 
 def _schedulers(pipe: Any) -> dict[str, Any]:
-    return {name: part for name, part in vars(pipe).items() if hasattr(type(part), "set_timesteps")}
+    return {name: part for name, part in list(vars(pipe).items()) if hasattr(type(part), "set_timesteps")}
 
 
 def _copy(scheduler: Any) -> Any:
@@ -161,12 +165,12 @@ def _side_by_side(pipe: Any) -> bool:
         return False
     if getattr(vae, "dtype", None) == torch.float16 and getattr(vae.config, "force_upcast", False):  # type: ignore[union-attr]
         return False
-    models = [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
+    models = [part for part in list(vars(pipe).values()) if isinstance(part, nn.Module)]
     return not any(name in vars(m) for model in models for m in model.modules() for name in _CHANGES_MODELS)
 
 
 def _tokenizer_locks(pipe: Any) -> list[Any]:
     """Of its tokenizers, in an order that is the same for all pipelines."""
-    parts = [part for name, part in vars(pipe).items() if name.startswith("tokenizer") and part is not None]
+    parts = [part for name, part in list(vars(pipe).items()) if name.startswith("tokenizer") and callable(part)]
     with _gate:
         return sorted((_tokenizers.setdefault(part, threading.RLock()) for part in parts), key=id)

@@ -37,7 +37,7 @@ class Bridge:
 
 
 _PI = math.pi
-_GAMMA = (lambda t: math.sin(_PI * t) ** 2, lambda t: _PI * math.sin(2 * _PI * t))
+_GAMMA = (lambda t: math.sin(_PI * min(t, 1 - t)) ** 2, lambda t: _PI * math.sin(2 * _PI * t))
 BRIDGES = {
     "linear": Bridge(lambda t: 1 - t, lambda t: t, _GAMMA[0], lambda t: -1.0, lambda t: 1.0, _GAMMA[1]),
     "trigonometric": Bridge(lambda t: math.cos(_PI / 2 * t), lambda t: math.sin(_PI / 2 * t), _GAMMA[0],

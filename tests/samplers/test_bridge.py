@@ -68,9 +68,10 @@ def test_every_diffusion_joins_the_ends(path: str | Bridge, diffusion, backward:
     start_law(y) if backward else mixture_law(y, DEVIATION)
 
 
-@pytest.mark.parametrize("heun, low, high", [(False, 0.85, 1.2), (True, 1.8, 2.4)])
+@pytest.mark.parametrize("heun, low, high", [(False, 0.85, 1.2), (True, 2.7, 3.3)])
 def test_order_and_the_way_back(heun: bool, low: float, high: float) -> None:
-    """Forward and back again is the identity for the ODE, up to its order."""
+    """Forward and back again is the identity for the ODE, up to Euler's order; Heun's local errors h^3 have opposite
+    signs on the two ways, which leaves the third."""
     x, predict = ends(100)[0], exact(BRIDGES["linear"])
     steps, errors = (32, 45, 64, 90), []
     for n in steps:
@@ -91,6 +92,7 @@ def test_the_loop_reads_a_pair() -> None:
     ({"times": [0.5, 0.2]}, "two or more"), ({"steps": 3, "path": "curved"}, "linear, trigonometric"),
     ({"steps": 3, "diffusion": -1.0}, "diffusion=-1.0"), ({"steps": 3, "diffusion": lambda t: 1.0}, "0 where gamma is"),
     ({"steps": 3, "diffusion": 1.0, "heun": True}, "heun is for the ODE"),
+    ({"steps": 4, "diffusion": lambda t: math.sin(math.pi * t), "backward": True}, "0 where gamma is"),
 ])
 def test_refuses(arguments: dict, match: str) -> None:
     with pytest.raises(LdmfastError, match=match):
