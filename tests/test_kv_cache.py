@@ -122,3 +122,16 @@ def test_bad_input_gets_one_line(name):
     with pytest.raises(error, match=text) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_cache_moves_its_own_rows() -> None:
+    cache = torch.arange(40.0).view(1, 5, 8)
+    wanted = cache.clone()
+    wanted[:, 1:4] = cache[:, :3].clone()
+    ops.kv_append(cache, cache[:, :3], torch.tensor([1, 2, 3]))
+    assert torch.equal(cache, wanted)
+
+
+def test_rows_that_share_memory_are_refused() -> None:
+    with pytest.raises(LdmfastError, match="expanded"):
+        ops.kv_append(torch.zeros(1, 4, 8).expand(2, 4, 8), torch.ones(2, 1, 8), torch.tensor([0]))

@@ -29,13 +29,14 @@ POLICIES: dict[str, type[Policy]] = {p.__name__: p for p in (
     DeepCache, EasyCache, FirstBlock, FORA, MagCache, PAB, ParaStep, PromptKV, TaylorSeer, TeaCache, TGate)}
 
 __all__ = ["Action", "CacheReport", "Call", "Judge", "POLICIES", "Policy", "Session", "check_cache", "from_settings",
-           "residual_ratios", *POLICIES]
+           "repeatable", "residual_ratios", *POLICIES]
 
 
 def check_cache(cache: Any, network: Any, times: Sequence[float]) -> tuple[Policy, ...]:
     """The policies of a call's ``cache`` argument: None, one, or several. Raises LdmfastError for anything else, and
     for policies that do not suit the network or each other."""
-    found = () if cache is None else tuple(cache) if isinstance(cache, Sequence) else (cache,)
+    several = isinstance(cache, Sequence) and not isinstance(cache, str)
+    found = () if cache is None else tuple(cache) if several else (cache,)
     for policy in found:
         if not isinstance(policy, Policy):
             raise LdmfastError(f"cache={policy!r} is not a cache policy: give one of ldmfast.caches, which are "
@@ -44,16 +45,19 @@ def check_cache(cache: Any, network: Any, times: Sequence[float]) -> tuple[Polic
     return found
 
 
+def repeatable(cache: Sequence[Policy]) -> bool:
+    """Whether ``from_settings`` finds these policies again: they are ours, not derived ones."""
+    return all(type(policy) in POLICIES.values() for policy in cache)
+
+
 def from_settings(rows: Sequence[Mapping[str, Any]] | None) -> tuple[Policy, ...]:
     """Policies from what ``Policy.to_dict`` made of them, as a PNG's settings keep it. Raises LdmfastError for a name
     or a field that is not known."""
     found = []
     for row in rows or ():
-        values = dict(row)
-        kind = POLICIES.get(values.pop("name", ""))
         try:
-            assert kind is not None
-            found.append(kind(**values))
-        except (AssertionError, TypeError) as error:
-            raise LdmfastError(f"the settings name a cache {dict(row)!r}, which this version does not have") from error
+            values = dict(row)
+            found.append(POLICIES[values.pop("name")](**values))
+        except (KeyError, TypeError, ValueError) as error:
+            raise LdmfastError(f"the settings name a cache {row!r}, which this version does not have") from error
     return tuple(found)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .policy import Call, Judge, Policy, check_at_least
+from .policy import Call, Judge, Policy, check_at_least, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class EasyCache(Policy):
     dynamic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_at_least(0, threshold=self.threshold, warmup=self.warmup)
+        check_at_least(0, threshold=self.threshold)
+        check_whole(0, warmup=self.warmup)
 
     def kinds(self, call: Call) -> tuple[str, ...]:
         return self._of(call, ("output",), "the network's output")

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import LdmfastError
-from .policy import Action, Call, Judge, Plan, Policy, check_at_least
+from .policy import Action, Call, Judge, Plan, Policy, check_at_least, check_numbers, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,9 @@ class MagCache(Policy):
     retention: float = 0.2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratios", tuple(float(r) for r in self.ratios))
-        check_at_least(0, threshold=self.threshold, most=self.most, retention=self.retention)
-        if not self.ratios:
-            raise LdmfastError("ratios is empty: MagCache needs the ratios that residual_ratios() measures")
+        object.__setattr__(self, "ratios", check_numbers("ratios", self.ratios))
+        check_at_least(0, threshold=self.threshold, retention=self.retention)
+        check_whole(0, most=self.most)
 
     def kinds(self, call: Call) -> tuple[str, ...]:
         return self._of(call, ("stack",), "the residual of all blocks")
@@ -44,7 +43,7 @@ class MagCache(Policy):
 
     def _actions(self, steps: int) -> tuple[Action, ...]:
         ratios = spread(self.ratios, steps)
-        start = max(1, int(self.retention * steps + 0.5))
+        start = max(1, int(min(self.retention, 1) * steps + 0.5))
         made = [Action.COMPUTE] * min(start, steps)
         product, error, skipped = 1.0, 0.0, 0
         for ratio in ratios[start:]:
@@ -71,6 +70,8 @@ def residual_ratios(pipe: Any, *args: Any, **kwargs: Any) -> list[float]:
     """Runs ``pipe(*args, **kwargs)`` in full and measures, for each evaluation, the magnitude of the residual of all
     blocks over that of the evaluation before (of every token or pixel, then the mean; the first is 1): the ``ratios``
     of MagCache for this network, solver and number of steps."""
+    if "cache" in kwargs:
+        raise LdmfastError("residual_ratios runs the call in full: leave cache out")
     measure = _Measure()
     pipe(*args, **kwargs, cache=measure)
     rows = [row for row in measure.found if row]

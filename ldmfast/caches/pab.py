@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .policy import Action, Call, Plan, Policy, check_at_least
+from .policy import Action, Call, Plan, Policy, check_numbers, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class PAB(Policy):
     cross_times: tuple[float, float] = (100, 800)
 
     def __post_init__(self) -> None:
-        check_at_least(1, self_range=self.self_range, cross_range=self.cross_range)
+        check_whole(1, self_range=self.self_range, cross_range=self.cross_range)
         for name in ("self_times", "cross_times"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, check_numbers(name, getattr(self, name), 2))
 
     def kinds(self, call: Call) -> tuple[str, ...]:
         return self._of(call, ("self", "cross"), "attention outputs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from ..samplers.sample import (
     report,
 )
 from ..samplers.step_table import StepTable
-from .policy import Call, Policy, check_at_least
+from .policy import Call, Policy, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,10 @@ class ParaStep(Policy):
 
     ranks: int = 2
     warmup: int = 4
+    parallel: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_at_least(1, ranks=self.ranks, warmup=self.warmup)
+        check_whole(1, ranks=self.ranks, warmup=self.warmup)
 
     def kinds(self, call: Call) -> tuple[str, ...]:
         return ()
@@ -50,8 +51,8 @@ class ParaStep(Policy):
         return serial + math.ceil((evaluations - serial) / self.ranks)
 
     def sample(self, denoise: Callable[..., Any], x: Tensor, *, table: StepTable, generator: Generators = None,
-               callback: StepCallback | None = None) -> Tensor:
-        """As ``samplers.sample``."""
+               callback: StepCallback | None = None, before_stage: Callable[[], None] | None = None) -> Tensor:
+        """As ``samplers.sample``. before_stage: called before each step is taken; it may raise StopSampling."""
         plan, draw = compile_table(table), noise_source(generator, x)
         coefficients, names = plan.coefficients.to(x.device), len(table.predictions)
         state: list[Any] = [x] * len(table.columns)
@@ -76,6 +77,8 @@ class ParaStep(Policy):
                     if i + 1 < len(stages):
                         take(ahead, stage, noises[i])
                 for stage, found, noise in zip(stages, fresh, noises):
+                    if before_stage is not None:
+                        before_stage()
                     state[predictions] = found
                     take(state, stage, noise)
                     report(stage, state, callback)

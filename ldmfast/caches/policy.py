@@ -68,6 +68,7 @@ class Policy:
     dynamic: ClassVar[bool] = False  # decides during the call, from tensors
     branch: ClassVar[Any] = 0  # of "deep": the skip connection behind which it lies
     vector: ClassVar[Any] = False  # of "output": what is held is output minus input
+    parallel: ClassVar[bool] = False  # takes the steps in an order of its own
 
     @property
     def held(self) -> int:
@@ -134,6 +135,24 @@ def check_at_least(least: float, **values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
             raise LdmfastError(f"{name}={value!r} must be a number of at least {least:g}")
+
+
+def check_whole(least: int, **values: Any) -> None:
+    """Raises LdmfastError for a value that is not a whole number of at least ``least``."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise LdmfastError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def check_numbers(name: str, values: Any, count: int | None = None) -> tuple[float, ...]:
+    """The numbers of a list, ``count`` of them if that is given, else one or more. Raises LdmfastError."""
+    try:
+        found = () if isinstance(values, str) else tuple(float(v) for v in values)
+    except (TypeError, ValueError):
+        found = ()
+    if not found or count not in (None, len(found)) or any(v != v for v in found):
+        raise LdmfastError(f"{name}={values!r} must be a list of {'numbers' if count is None else f'{count} numbers'}")
+    return found
 
 
 def computed_steps(interval: Interval, steps: int, first: int = 1, last: int = 0) -> list[bool]:

@@ -28,6 +28,8 @@ class Session:
         self._policy: dict[str, Policy] = {}
         self._plan: dict[str, tuple[Action, ...]] = {}
         self._judges: dict[str, Judge] = {}
+        if sum(p.parallel for p in self.policies) > 1:
+            raise LdmfastError("two ParaStep decide about the order of the steps; give one of the two")
         for policy in self.policies:
             self._add(policy)
         self._kept = {k: _kept(plan, self._policy[k].held) for k, plan in self._plan.items()}
@@ -193,7 +195,10 @@ class Session:
             self._keep(kind, place, (value,))
 
     def _wants(self, kind: str) -> bool:
-        return kind in self._judges or (kind in self._kept and self._kept[kind][self.step])
+        # where a judge leaves blocks out, all have held text since the first step, and freeze together
+        if kind in self._judges or (kind == "text" and self._judges):
+            return True
+        return kind in self._kept and self._kept[kind][self.step]
 
     def _keep(self, kind: str, place: Hashable, value: tuple[Tensor | None, ...], indicator: Tensor | None = None,
               told: Tensor | None = None) -> None:

@@ -15,9 +15,9 @@ from .policy import (
     Plan,
     Policy,
     actions,
-    check_at_least,
     check_branch,
     check_interval,
+    check_whole,
     computed_steps,
 )
 
@@ -44,8 +44,8 @@ class TaylorSeer(Policy):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "interval", check_interval("interval", self.interval))
-        check_at_least(0, first=self.first, last=self.last)
-        if self.order not in (0, 1, 2, 3):
+        check_whole(0, first=self.first, last=self.last, order=self.order)
+        if self.order > 3:
             raise LdmfastError(f"order={self.order!r}: TaylorSeer has orders 0 to 3")
         if self.on not in ("layers", "deep", "stack", "output"):
             raise LdmfastError(f"on={self.on!r}: TaylorSeer forecasts 'layers', 'deep', 'stack' or 'output'")

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .first_block import relative_change
-from .policy import Call, Judge, Policy, check_at_least
+from .policy import Call, Judge, Policy, check_at_least, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class TeaCache(Policy):
     dynamic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "coefficients", tuple(float(c) for c in self.coefficients))
+        object.__setattr__(self, "coefficients", check_numbers("coefficients", self.coefficients))
         check_at_least(0, threshold=self.threshold)
 
     def kinds(self, call: Call) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ class _Judge(Judge):
         for c in self.policy.coefficients:
             moved = moved * change + c
         self.sum += moved
-        return step >= self.last or not self.sum < self.policy.threshold
+        return step >= self.last or self.policy.threshold == 0 or not self.sum < self.policy.threshold
 
     def computed(self, step: int, indicator: Tensor, value: Tensor) -> None:
         self.before, self.sum = indicator, 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .policy import Action, Call, Plan, Policy, check_at_least
+from .policy import Action, Call, Plan, Policy, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class TGate(Policy):
     single: bool = True
 
     def __post_init__(self) -> None:
-        check_at_least(1, gate=self.gate)
+        check_whole(1, gate=self.gate)
 
     def kinds(self, call: Call) -> tuple[str, ...]:
         return self._of(call, ("cross",), "the outputs of prompt attention")

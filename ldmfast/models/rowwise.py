@@ -93,7 +93,7 @@ class RowwiseWeight(nn.Module):
         """x: (..., in), bf16 (on a CPU also fp32) -> x W^T + b (+ residual), of x's dtype."""
         rows = x.reshape(-1, x.shape[-1])
         codes, scale = ops.quantize_rowwise(rows, fp8=self.form == "fp8")
-        out = self._product(codes, scale.unsqueeze(1), x.dtype).view(*x.shape[:-1], -1)
+        out = self._product(codes, scale.unsqueeze(1), x.dtype).view(*x.shape[:-1], len(self.values))
         return out if residual is None else out.add_(residual)
 
     def _product(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -124,10 +124,15 @@ def kv_append(cache: Tensor, new: Tensor, positions: Tensor, *, ring: bool = Fal
     if not whole_rows(cache):
         raise LdmfastError(f"kv_append: cache of shape {shape_of(cache)} has strides {cache.stride()}; what stands "
                            "after its first two dimensions must be adjacent in memory")
+    if any(size > 1 and stride == 0 for size, stride in zip(cache.shape[:2], cache.stride())):
+        raise LdmfastError(f"kv_append: cache of shape {shape_of(cache)} is expanded: its rows share memory; give it "
+                           "rows of their own")
     place = checked_positions("kv_append", positions, new.shape[0], cache)
     if place.shape[1] != new.shape[1]:
         raise ShapeError(f"kv_append: {place.shape[1]} positions for {new.shape[1]} new tokens; give one for each")
     if ring and new.shape[1] > cache.shape[1]:
         raise ShapeError(f"kv_append: {new.shape[1]} new tokens go round a ring of {cache.shape[1]} more than once; "
                          "append its last ones only")
+    if new.numel() and new.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr():
+        new = new.clone()  # rows are written one after another
     _call(cache, new, place, ring)

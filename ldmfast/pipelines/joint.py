@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..caches import CacheReport, Policy, Session, check_cache, from_settings
+from ..caches import CacheReport, Policy, Session, check_cache, from_settings, repeatable
 from ..errors import LdmfastError, ShapeError
 from ..samplers import StepTable
 from .inputs import RandomSource, check_inputs_of_callback, check_lists, check_size, random_source
@@ -243,7 +243,8 @@ class JointPipeline(Pipeline):
             "solver": request.table.solver, "clip_skip": request.clip_skip, "guidance_scale": request.guidance_scale,
             "timesteps": None, "sigmas": None, "guidance_rescale": 0.0, "eta": 0.0, "image": None, "mask_image": None,
             "repeatable": (request.texts is not None and request.negative_embeds is None
-                           and request.latents is None and request.callback is None and not request.pixels),
+                           and request.latents is None and request.callback is None and not request.pixels
+                           and repeatable(request.cache)),
             "cache": [p.to_dict() for p in request.cache],
             **request.arguments, "arguments": request.arguments}
         rows = []

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from .. import __version__
-from ..caches import CacheReport, ParaStep
+from ..caches import CacheReport, ParaStep, repeatable
 from ..errors import LdmfastError, ShapeError
 from ..models import DiT, PixArt
 from ..ops._load import reused_memory
@@ -251,7 +251,8 @@ def sample_latents(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torc
         table, generator, out = request.table, request.random.argument, None
         parallel = next((p for p in request.cache if isinstance(p, ParaStep)), None)
         if parallel is not None:
-            out = parallel.sample(unless_cancelled, x, table=table, generator=generator, callback=on_step)
+            out = parallel.sample(unless_cancelled, x, table=table, generator=generator, callback=on_step,
+                                  before_stage=stop_if_cancelled)
         elif pipe.engine is not None:
             out = pipe.engine.sample(denoiser, x, table=table, generator=generator, callback=on_step,
                                      before_stage=stop_if_cancelled)
@@ -367,7 +368,8 @@ def _settings(pipe: Pipeline, request: Request) -> list[dict[str, Any]]:
         "original_size": list(request.original_size), "target_size": list(request.target_size),
         "crops_coords_top_left": list(request.crops_coords_top_left),
         "image": digest(request.image), "mask_image": digest(request.mask_image),
-        "repeatable": request.prompt_embeds is None and request.latents is None and request.callback is None,
+        "repeatable": (request.prompt_embeds is None and request.latents is None and request.callback is None
+                       and repeatable(request.cache)),
         "cache": [p.to_dict() for p in request.cache],
         "vae_tiling": pipe.vae_tiling, "fused_loras": fused_settings(pipe),
     }

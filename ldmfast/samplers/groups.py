@@ -21,7 +21,8 @@ def representation_guidance(denoise: Callable[[Tensor, float, int], Tensor], cha
 
     denoise(x_in, t, stage): one network for both groups, (N, C, ...) with x in the first ``channels`` of C. empty: what
     the network was shown in place of z where it had to do without, a number or (C - channels, ...). Both cases are one
-    batch of 2 N. z's own prediction is the joint one. For w = 1, which is the joint score, give ``denoise`` itself. Raises ShapeError if there are no channels beside x.
+    batch of 2 N. z's own prediction is the joint one. For w = 1, which is the joint score, give ``denoise`` itself.
+    Raises ShapeError if there are no channels beside x.
     """
     def pair(x_in: Tensor, t: float, stage: int) -> tuple[Tensor, Tensor]:
         if not 0 < channels < x_in.shape[1]:

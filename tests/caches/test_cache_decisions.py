@@ -6,10 +6,23 @@ import math
 
 import pytest
 import torch
+from cache_cases import CASES, TIMES
 from torch import Tensor
 
 import ldmfast
-from ldmfast.caches import DeepCache, EasyCache, FirstBlock, MagCache, ParaStep, Policy, Session, TaylorSeer, TeaCache
+from ldmfast.caches import (
+    DeepCache,
+    EasyCache,
+    FirstBlock,
+    Judge,
+    MagCache,
+    ParaStep,
+    Policy,
+    PromptKV,
+    Session,
+    TaylorSeer,
+    TeaCache,
+)
 from ldmfast.caches.policy import Call
 from ldmfast.samplers import make_table, sample
 from ldmfast.samplers.schedules import Schedule
@@ -145,6 +158,26 @@ def test_two_policies_for_one_kind_are_refused(policy: Policy) -> None:
     call = Call((1.0,), ("deep", "output"), "Known", 4)
     with pytest.raises(ldmfast.LdmfastError, match="both decide"):
         Session((policy, policy), call)
+
+
+def test_blocks_that_a_judge_leaves_out_freeze_their_text_with_the_first() -> None:
+    """The tail is left out at evaluation 1, where the plan computes text last before it is reused: at 2 the first block
+    must not hold newer text than the others, which would take its untouched prompt for its text."""
+    class Skips(FirstBlock):
+        def judge(self, call: Call) -> Judge:
+            judge = super().judge(call)
+            judge.needed = lambda step, indicator: step != 1
+            return judge
+
+    _, net = CASES["sd3"].both()
+    state = net.prepare(CASES["sd3"].times, **CASES["sd3"].conditions())
+    session = Session.of([Skips(), PromptKV(interval=(0, 1, 4))], net, TIMES)
+    x = torch.randn(CASES["sd3"].shape, generator=torch.Generator().manual_seed(0))
+    held = []
+    for step, t in enumerate(TIMES[:3]):
+        session.evaluate(lambda rows, t=t: net(rows, t, state=state, cache=session), x, step)
+        held.append([session.store.steps("text", i) for i in range(3)])
+    assert all(held[0]) and all(held[2])
 
 
 # ---- ParaStep: a Gaussian mixture's exact score, and the method written out with DDIM

@@ -12,6 +12,7 @@ import torch
 import ldmfast
 from ldmfast.caches import (
     FORA,
+    PAB,
     POLICIES,
     DeepCache,
     EasyCache,
@@ -21,6 +22,7 @@ from ldmfast.caches import (
     TaylorSeer,
     TeaCache,
     TGate,
+    from_settings,
     residual_ratios,
 )
 from ldmfast.engine import Engine, RecordedGraphs
@@ -133,3 +135,53 @@ def test_every_policy_has_a_row_in_the_docs() -> None:
 
     text = (Path(__file__).parents[2] / "docs" / "caches.md").read_text()
     assert all(f"`{name}" in text for name in POLICIES)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: TaylorSeer(order=1.0), lambda: TaylorSeer(first=1.5), lambda: ParaStep(ranks=2.5),
+    lambda: ParaStep(warmup=float("inf")), lambda: MagCache(ratios=None), lambda: MagCache(ratios=["a"]),
+    lambda: MagCache(ratios=()), lambda: MagCache(ratios="12"), lambda: TeaCache(coefficients=1.0),
+    lambda: TeaCache(coefficients=()), lambda: TeaCache(threshold=float("nan")), lambda: PAB(self_times=100),
+    lambda: PAB(cross_times=(100,)), lambda: PAB(self_range=1.5), lambda: TGate(gate=2.5),
+    lambda: EasyCache(warmup=0.5), lambda: from_settings(["DeepCache"]), lambda: from_settings([{"name": ["x"]}]),
+    lambda: from_settings([{}]),
+    lambda: from_settings([{"name": "TGate", "gate": "soon"}]),
+], ids=range(20))
+def test_arguments_that_make_no_sense_are_named(make) -> None:
+    with pytest.raises(ldmfast.LdmfastError):
+        make()
+
+
+def test_what_a_call_refuses(tiny) -> None:
+    with pytest.raises(ldmfast.LdmfastError, match="two ParaStep"):
+        tiny["exact"](PROMPTS[0], **CALL, cache=[ParaStep(), ParaStep(ranks=3)])
+    with pytest.raises(ldmfast.LdmfastError, match="cache='fast' is not"):
+        tiny["exact"](PROMPTS[0], **CALL, cache="fast")
+    with pytest.raises(ldmfast.LdmfastError, match="leave cache out"):
+        residual_ratios(tiny["exact"], PROMPTS[0], cache=None)
+
+
+def test_a_round_of_steps_ends_when_it_is_cancelled(tiny) -> None:
+    seen = []
+
+    def stop(call, step, timestep, given):
+        seen.append(step)
+        if step == 3:
+            call.cancel()
+        return given
+
+    tiny["exact"](PROMPTS[0], **CALL, cache=ParaStep(ranks=4, warmup=2), callback_on_step_end=stop)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_policy_of_ones_own_is_not_repeatable(tiny) -> None:
+    class Mine(DeepCache):
+        pass
+
+    assert not tiny["exact"](PROMPTS[0], **CALL, cache=Mine()).settings[0]["repeatable"]
+    assert tiny["exact"](PROMPTS[0], **CALL, cache=DeepCache()).settings[0]["repeatable"]
+
+
+def test_threshold_0_computes_whatever_the_polynomial(tiny) -> None:
+    report = tiny["exact"](PROMPTS[0], **CALL, cache=TeaCache(threshold=0, coefficients=(-1.0, 0.0))).report
+    assert not report.reused.get("stack")
