@@ -48,6 +48,9 @@ def write_folder(pipe: StableDiffusion3Pipeline, out: Path) -> None:
     for name in ("text_encoder", "text_encoder_2"):
         config = out / name / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    config = out / "vae" / "config.json"  # diffusers writes where it read the autoencoder
+    known = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+    config.write_text(json.dumps(known, indent=2) + "\n")
     for name in ("tokenizer", "tokenizer_2"):
         shutil.rmtree(out / name)
         shutil.copytree(SHIPPED / "tokenizer", out / name)
