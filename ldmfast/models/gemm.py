@@ -28,7 +28,6 @@ _LIMIT = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA",
 _WRITES_BF16 = torch.cpu._is_avx512_supported() and _LIMIT not in ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
 _DTYPES = {torch.float32} | ({torch.bfloat16} if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
 
-
 # whether products are ours where there are any (docs/performance.md, "Our own products")
 OWN = ops.CPU_LIBRARY.loaded and level() == "amx"
 
@@ -57,8 +56,7 @@ def packable(weight: Tensor) -> bool:
 
 
 def _packs_own(weight: Tensor, least: tuple[int, int] = (1, 1)) -> bool:
-    """Whether a plain weight takes the order of our own products: that of a GatedLinear or Conv2d, or of a Linear with
-    at least as many outputs and inputs as ``least``."""
+    """Whether a plain weight of at least ``least`` outputs and inputs takes the order of our own products."""
     return (OWN and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.numel() > 0
             and not weight.is_mkldnn and weight.ndim in (2, 4) and _at_least(weight, least))
 

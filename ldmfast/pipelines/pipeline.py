@@ -210,8 +210,8 @@ class Pipeline(LoraMethods):
             to the encoded picture's (4-channel networks).
         height, width: pixels, multiples of 8 (default: the network's training size, or the given image's size).
         num_inference_steps, guidance_scale, solver: default to what the checkpoint recommends (``ldmfast.json``),
-            otherwise 50, 7.5 (DiT 4, PixArt 4.5 and 20 steps) and "dpmpp_2m". ``timesteps`` or ``sigmas``
-            give the steps explicitly.
+            otherwise 50, 7.5 (DiT 4, PixArt 4.5 and 20 steps) and "dpmpp_2m" ("flow_euler" for a flow schedule).
+            ``timesteps`` or ``sigmas`` give the steps explicitly.
         generator: an int (picture i uses seed + i), a torch.Generator (as diffusers: one stream for the batch), or
             a list with one int or Generator a picture. None draws a seed from torch's global generator.
         latents: (N, C, h, w) starting noise of unit variance instead of drawing it.

@@ -300,7 +300,8 @@ def _strength(value: Any, mode: str) -> float:
 
 
 def _solver(pipe: Pipeline, a: dict[str, Any]) -> str:
-    return str(a["solver"] or pipe.loaded.defaults.get("solver", "dpmpp_2m"))
+    usual = "flow_euler" if pipe.schedule.flow else "dpmpp_2m"
+    return str(a["solver"] or pipe.loaded.defaults.get("solver", usual))
 
 
 def _steps(pipe: Pipeline, a: dict[str, Any]) -> int:
