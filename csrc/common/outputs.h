@@ -166,10 +166,8 @@ inline Convolution tokens(const Rows& rows, int64_t outputs) {
 
 // The dtype of what 8-bit codes give: the first tensor's that is there, else bf16.
 inline int32_t output_dtype(const OptionalTensor& first, const OptionalTensor& second = std::nullopt) {
-  int32_t dtype = aoti_torch_dtype_bfloat16();
-  for (const OptionalTensor* t : {&second, &first})
-    if (t->has_value()) TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype((*t)->get(), &dtype));
-  return dtype;
+  if (first.has_value()) return dtype_of(*first);
+  return second.has_value() ? dtype_of(*second) : aoti_torch_dtype_bfloat16();
 }
 
 // Numbers of a parameter, one for each output of the panels; `absent` beyond them.

@@ -230,6 +230,25 @@ struct Spread {  // keeps the range of a row only
   }
 };
 
+// put() of n adjacent numbers, in vectors.
+template <class T, class Put>
+inline void read_row(const T* x, int64_t n, Put&& put) {
+  using V = Vector<Acc<T>>;
+  for_row<T>(n, [&](int64_t i, V& a, V& b) { load_pair(x + i, a, b); },
+             [&](int64_t i, int count) { return load_some(x + i, count); }, put);
+}
+
+constexpr int64_t kPart = 16384;  // numbers read at a time
+
+template <class T>
+inline Range range_of(const T* x, int64_t n) {
+  return parallel_range((n + kPart - 1) / kPart, 2, [&](int64_t begin, int64_t end) {
+    Spread<T> spread;
+    for (int64_t i = begin; i < end; ++i) read_row(x + i * kPart, std::min(kPart, n - i * kPart), spread);
+    return spread.range();
+  });
+}
+
 inline Codes empty_codes(const Tensor& x, const Sizes& sizes, const Sizes& strides) {
   return {empty_strided(x, sizes, strides, aoti_torch_dtype_uint8()),
           empty_strided(x, {1}, {1}, aoti_torch_dtype_float32()),

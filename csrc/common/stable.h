@@ -74,6 +74,12 @@ using Sizes = std::vector<int64_t>;
 inline Sizes sizes_of(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end()); }
 inline Sizes strides_of(const Tensor& t) { return Sizes(t.strides().begin(), t.strides().end()); }
 
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
 constexpr size_t kLargeBlock = size_t(16) << 20;  // bytes: what glibc may take fresh from the kernel
 
 // A block's memory as a tensor; false where there is none to be had.
@@ -115,9 +121,7 @@ inline Tensor empty_strided(const Tensor& t, const Sizes& sizes, const Sizes& st
   return made;
 }
 inline Tensor empty_strided(const Tensor& t, const Sizes& sizes, const Sizes& strides) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return empty_strided(t, sizes, strides, dtype);
+  return empty_strided(t, sizes, strides, dtype_of(t));
 }
 
 }  // namespace ldmfast

@@ -8,9 +8,7 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
               int64_t out_channels, int64_t kernel, int64_t stride, int64_t padding, bool upsample) {
   const Tensor image = pixels_of(x), more = residual.has_value() ? pixels_of(*residual) : image;
   const Convolution c = convolution_of(x, out_channels, kernel, stride, padding, upsample);
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  const Tensor y = empty_image(x, c, dtype);
+  const Tensor y = empty_image(x, c, dtype_of(x));
   if (y.numel() == 0) return y;
   dispatch(x, [&](auto tag) {
     using T = decltype(tag);

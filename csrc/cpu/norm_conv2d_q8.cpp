@@ -11,9 +11,7 @@ Tensor norm_conv2d_q8(const Tensor& x, const OptionalTensor& shift, int64_t num_
                       int64_t stride, int64_t padding) {
   const Tensor image = pixels_of(x), more = residual.has_value() ? pixels_of(*residual) : image;
   const Convolution c = convolution_of(x, out_channels, kernel, stride, padding, false);
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  const Tensor y = empty_image(x, c, dtype);
+  const Tensor y = empty_image(x, c, dtype_of(x));
   if (y.numel() == 0) return y;
   dispatch(x, [&](auto tag) {
     using T = decltype(tag);

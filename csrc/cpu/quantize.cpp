@@ -5,36 +5,23 @@
 namespace LDMFAST_LEVEL_NAMESPACE {
 namespace {
 
-constexpr int64_t kPart = 16384;  // elements read at a time
-
-template <class T, class Put>
-void read(const T* x, int64_t n, Put&& put) {
-  using V = Vector<Acc<T>>;
-  const auto pair = [&](int64_t i, V& a, V& b) { load_pair(x + i, a, b); };
-  for_row<T>(n, pair, [&](int64_t i, int count) { return load_some(x + i, count); }, put);
-}
-
 template <class T>
 void run(const T* x, int64_t n, const Image& image, const Codes& codes) {
   const int64_t parts = (n + kPart - 1) / kPart;
   const auto size = [&](int64_t i) { return std::min(kPart, n - i * kPart); };
-  const Coder<Acc<T>> coder = finish<Acc<T>>(codes, parallel_range(parts, 2, [&](int64_t begin, int64_t end) {
-    Spread<T> spread;
-    for (int64_t i = begin; i < end; ++i) read(x + i * kPart, size(i), spread);
-    return spread.range();
-  }));
+  const Coder<Acc<T>> coder = finish<Acc<T>>(codes, range_of(x, n));
   uint8_t* q = mutable_data<uint8_t>(std::get<0>(codes));
   image.fill_border(q, coder.zero_point);
   if (image.pad == 0) {
     parallel_for(0, parts, 2, [&](int64_t begin, int64_t end) {
       for (int64_t i = end; i-- > begin;)  // backwards: what was read last is still in the cache
-        read(x + i * kPart, size(i), Encoded<T>{q + i * kPart, coder});
+        read_row(x + i * kPart, size(i), Encoded<T>{q + i * kPart, coder});
     });
   } else {
     const int64_t columns = image.w * image.c;
     parallel_for(0, image.n * image.h, grain(columns), [&](int64_t begin, int64_t end) {
       for (int64_t i = end; i-- > begin;)
-        read(x + i * columns, columns, Encoded<T>{q + image.at(i / image.h, i % image.h * image.w), coder});
+        read_row(x + i * columns, columns, Encoded<T>{q + image.at(i / image.h, i % image.h * image.w), coder});
     });
   }
 }

@@ -89,8 +89,7 @@ class Int8Weight(nn.Module):
         self.shape = tuple(values.shape)
         self.gated = isinstance(layer, GatedLinear)
         conv = layer if isinstance(layer, Conv2d) else None
-        least = layer.own_from if isinstance(layer, Linear) else (1, 1)
-        self.own = OWN and values.device.type == "cpu" and values.numel() > 0 and _at_least(values, least)
+        self.own = OWN and values.device.type == "cpu" and values.numel() > 0
         self.packed = ONEDNN_INT8 and not self.own and values.device.type == "cpu"
         self.layout: Packed | None = None
         # what a zero point of 1 adds to each output
@@ -195,14 +194,15 @@ class Linear(Direct, nn.Linear):
         return linear(x, self.weight, self.bias, residual, self.out_features)
 
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None) -> Tensor:
+        values, step, zero = x if isinstance(x, Quantized) else (x, None, None)
+        if w.own and values.numel() > 0:
+            more = None if residual is None else _column(residual)
+            y = ops.conv2d_q8(_column(values), step, zero, w.values, w.scale, w.sums, w.bias, more,
+                              out_channels=w.shape[0], kernel=1, padding=0)
+            return y.permute(0, 2, 3, 1).view(*values.shape[:-1], w.shape[0])
         if isinstance(x, Tensor):
             x = Quantized(*ops.quantize(x))
         dtype = torch.bfloat16 if residual is None else residual.dtype
-        if w.own and x.values.numel() > 0:
-            more = None if residual is None else _column(residual)
-            y = ops.conv2d_q8(_column(x.values), x.scale, x.zero_point, w.values, w.scale, w.sums, w.bias, more,
-                              out_channels=w.shape[0], kernel=1, padding=0)
-            return y.permute(0, 2, 3, 1).view(*x.values.shape[:-1], w.shape[0])
         if not w.packed and not w.own:
             out = F.linear(_float(x, torch.float32), w.dense(torch.float32), w.bias).to(dtype)
             return out if residual is None else out.add_(residual)
@@ -331,8 +331,8 @@ class Conv2d(Direct, nn.Conv2d):
 
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None, upsample: bool) -> Tensor:
         if w.own:
-            x = Quantized(*ops.quantize(x)) if isinstance(x, Tensor) else x
-            return ops.conv2d_q8(*x, w.values, w.scale, w.sums, w.bias, residual, upsample=upsample, **self.sizes())
+            codes = x if isinstance(x, Quantized) else (x, None, None)
+            return ops.conv2d_q8(*codes, w.values, w.scale, w.sums, w.bias, residual, upsample=upsample, **self.sizes())
         if isinstance(x, Tensor):
             x = Quantized(*ops.quantize(ops.upsample2x(x) if upsample else x, pad=self.border))
         if w.layout is None or x.values.numel() == 0:
