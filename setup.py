@@ -29,7 +29,7 @@ LEVELS = {  # lowest first: the linker keeps the first copy of a shared inline f
     "x86_64": {
         "generic": "-march=x86-64", "avx2": "-march=x86-64-v3",
         "avx512": V4, "avx512_bf16": f"{V4} {DOT}",
-        "amx": f"{V4} {DOT} -mamx-tile -mamx-bf16 -mamx-int8"},
+        "amx": f"{V4} {DOT} -mavx512vbmi -mamx-tile -mamx-bf16 -mamx-int8"},
     "aarch64": {"generic": "", "neon": "-march=armv8.2-a+fp16"}}
 LIBRARIES = {"cpu": "libldmfast_ops.so", "cuda": "libldmfast_cuda.so",
              "host": "_C" + sysconfig.get_config_var("EXT_SUFFIX")}

@@ -40,4 +40,29 @@ inline void prefetch(const T* from, int64_t stride, int64_t rows, int64_t n) {
   }
 }
 
+// Rows to be asked for a few lines at a time, beside other work: all at once they would fill what waits for memory.
+class RowsAhead {
+ public:
+  RowsAhead() = default;
+  template <class T>
+  RowsAhead(const T* from, int64_t stride, int64_t rows, int64_t n)
+      : row_(reinterpret_cast<const char*>(from)), stride_(stride * int64_t(sizeof(T))), rows_(rows),
+        bytes_(n * int64_t(sizeof(T))) {}
+
+  int64_t lines() const { return rows_ * ((bytes_ + 63) / 64); }
+  void some(int64_t lines) {
+    for (; lines > 0 && rows_ > 0; --lines) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      if ((at_ += 64) < bytes_) continue;
+      at_ = 0;
+      row_ += stride_;
+      --rows_;
+    }
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t stride_ = 0, rows_ = 0, bytes_ = 0, at_ = 0;
+};
+
 }  // namespace LDMFAST_LEVEL_NAMESPACE

@@ -76,7 +76,7 @@ struct Vectors {
   }
 
   static void multiply(const Element* a, int64_t row, int64_t group, const Element* b, float* c, int m, int k,
-                       bool add, bool = false) {
+                       bool add) {
     for (int blocks = (m + 5) / 6; blocks > 0; --blocks) {  // equal blocks: a short one does not hide its latency
       const int rows = (m + blocks - 1) / blocks;
       switch (rows) {
@@ -144,28 +144,27 @@ struct Amx {
   static constexpr int64_t kBytes = kColumns * 4;           // of a row of C, or of a group of B
   static constexpr int64_t kStepB = 16 * kColumns * 2;      // elements of B from one tile to the next in k
 
-  // k = 32 * steps, steps <= 2: B stays in tiles 4 to 7; a tile of C is stored while the next one is summed.
+  // k = 32 * steps, steps <= 2: B stays in tiles 4 to 7; a tile of C is stored while the next one is summed, not before:
+  // a store waits for its sum, and much waits behind it.
   template <int steps>
-  static void short_sums(const bf16* a, int64_t row, const bf16* b, float* c, int m, bool add, bool held) {
-    if (!held) {
-      load_tile<4>(b, kBytes);
-      load_tile<6>(b + 32, kBytes);
-      if (steps > 1) {
-        load_tile<5>(b + kStepB, kBytes);
-        load_tile<7>(b + kStepB + 32, kBytes);
-      }
+  static void short_sums(const bf16* a, int64_t row, const bf16* b, float* c, int m, bool add) {
+    load_tile<4>(b, kBytes);
+    load_tile<6>(b + 32, kBytes);
+    if (steps > 1) {
+      load_tile<5>(b + kStepB, kBytes);
+      load_tile<7>(b + kStepB + 32, kBytes);
     }
     for (int i = 0; i < m; i += 16, a += 16 * row, c += 16 * kColumns) {
       load_tile<2>(a, 64);
       if (steps > 1) load_tile<3>(a + 512, 64);
       begin<0>(c, add);
       dot<0, 2, 4>();
-      if (i > 0) store_tile<1>(c - 16 * kColumns + 16, kBytes);
       if (steps > 1) dot<0, 3, 5>();
+      if (i > 0) store_tile<1>(c - 16 * kColumns + 16, kBytes);
       begin<1>(c + 16, add);
       dot<1, 2, 6>();
-      store_tile<0>(c, kBytes);
       if (steps > 1) dot<1, 3, 7>();
+      store_tile<0>(c, kBytes);
     }
     store_tile<1>(c - 16 * kColumns + 16, kBytes);
   }
@@ -187,10 +186,9 @@ struct Amx {
     }
   }
 
-  static void multiply(const bf16* a, int64_t row, int64_t, const bf16* b, float* c, int m, int k, bool add,
-                       bool held = false) {
-    if (k == 32) return short_sums<1>(a, row, b, c, m, add, held);
-    if (k == 64) return short_sums<2>(a, row, b, c, m, add, held);
+  static void multiply(const bf16* a, int64_t row, int64_t, const bf16* b, float* c, int m, int k, bool add) {
+    if (k == 32) return short_sums<1>(a, row, b, c, m, add);
+    if (k == 64) return short_sums<2>(a, row, b, c, m, add);
     long_sums(a, row, b, c, m, k, add);
   }
 };

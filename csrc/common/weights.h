@@ -59,42 +59,61 @@ inline U pair_rounded(F a, F b) {
 }
 
 #if defined(__AMX_BF16__)
+// Early enough that what is referred to stays in registers, which "memory" in the tiles' assembly would else forbid.
+#define LDMFAST_INLINE __attribute__((always_inline))
+
 // Weights of bf16 precision by integers alone: while tiles are multiplied, the second 512-bit port does no floating
 // point. y = unit * s + shift leaves u = 128 (s - base + 127) - 11 in the low bits of y: an exponent and a linear
 // mantissa, to which the table adds 11 + 128 (2^f - 1 - f) for the fraction f. Every CPU with AMX has VBMI.
-__attribute__((target("avx512vbmi"))) inline void weigh_tiles(const float* s, bf16* p, int keys, const float* base,
-                                                              float unit, float* total) {
-  alignas(64) static const int8_t kBend[64] = {
+class TileWeights {
+ public:
+  LDMFAST_INLINE TileWeights(const float* base, float unit)
+      : slope_(_mm512_set1_ps(128 * unit)), left_(base), right_(base + 16) {}
+
+  // Of two keys: s and s + kColumns, with kColumns queries each. `sums`: they are added up, too.
+  template <bool sums>
+  LDMFAST_INLINE void pair(const float* s, bf16* p) {
+    half<sums>(left_, s, p);
+    half<sums>(right_, s + 16, p + 32);
+  }
+
+  LDMFAST_INLINE void add_sums(float* total) const {
+    _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), left_.sum));
+    _mm512_storeu_ps(total + 16, _mm512_add_ps(_mm512_loadu_ps(total + 16), right_.sum));
+  }
+
+ private:
+  static constexpr float kMagic = 12582912.0f;
+  alignas(64) static constexpr int8_t kBend[64] = {
       8, 7, 7, 6, 6, 5, 5, 4, 4, 4, 3, 3, 3, 2, 2, 2,
       1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
       0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4,
       5, 5, 6, 6, 7, 7, 8, 9, 9, 10, 11, 11, 10, 9, 9, 8};
-  constexpr int C = Amx::kColumns;
-  const __m512 magic = _mm512_set1_ps(12582912.0f), slope = _mm512_set1_ps(128 * unit);
-  const __m512i bend = _mm512_load_si512(kBend);
-  const __m512i to_high = _mm512_set4_epi32(0x0d0c0000, 0x09080000, 0x05040000, 0x01000000);  // of each dword
-  const __m512i fields = _mm512_set1_epi64(0x3131212111110101), ones = _mm512_set1_epi16(0x3f80);
-  __m512 shift[2], sum[2] = {};
-  for (int t = 0; t < 2; ++t)
-    shift[t] = _mm512_fnmadd_ps(_mm512_set1_ps(128), _mm512_loadu_ps(base + 16 * t),
-                                _mm512_set1_ps(12582912.0f + 127 * 128 - 11));
-  const auto linear = [&](const float* from, int t) {
-    return (__m512i)_mm512_max_ps(magic, _mm512_fmadd_ps(_mm512_loadu_ps(from), slope, shift[t]));
+
+  struct Half {  // 16 queries
+    __m512 shift, sum = _mm512_setzero_ps();
+    LDMFAST_INLINE explicit Half(const float* base)
+        : shift(_mm512_fnmadd_ps(_mm512_set1_ps(128), _mm512_loadu_ps(base), _mm512_set1_ps(kMagic + 127 * 128 - 11))) {}
   };
-  for (int j = 0; j < keys; j += 2, s += 2 * C, p += 2 * C)
-#pragma GCC unroll 2
-    for (int t = 0; t < 2; ++t) {
-      const __m512i first = linear(s + 16 * t, t), second = linear(s + C + 16 * t, t);
-      const __m512i u = _mm512_mask_shuffle_epi8(first, 0xccccccccccccccccull, second, to_high);
-      const __m512i at = _mm512_multishift_epi64_epi8(fields, u);  // bits 1 to 6 of each word
-      const __m512i w = _mm512_add_epi16(u, _mm512_maskz_permutexvar_epi8(0x5555555555555555ull, at, bend));
-      if (total) sum[t] = _mm512_dpbf16_ps(sum[t], (__m512bh)w, (__m512bh)ones);
-      _mm512_storeu_si512(p + 32 * t, w);
-    }
-  if (total)
-    for (int t = 0; t < 2; ++t)
-      _mm512_storeu_ps(total + 16 * t, _mm512_add_ps(_mm512_loadu_ps(total + 16 * t), sum[t]));
-}
+
+  LDMFAST_INLINE __m512i linear(const float* s, __m512 shift) const {
+    return (__m512i)_mm512_max_ps(_mm512_set1_ps(kMagic), _mm512_fmadd_ps(_mm512_loadu_ps(s), slope_, shift));
+  }
+  template <bool sums>
+  LDMFAST_INLINE void half(Half& of, const float* s, bf16* p) {
+    const __m512i first = linear(s, of.shift), second = linear(s + Amx::kColumns, of.shift);
+    const __m512i u = _mm512_mask_shuffle_epi8(first, 0xccccccccccccccccull, second, to_high_);
+    const __m512i at = _mm512_multishift_epi64_epi8(fields_, u);  // bits 1 to 6 of each word
+    const __m512i w = _mm512_add_epi16(u, _mm512_maskz_permutexvar_epi8(0x5555555555555555ull, at, bend_));
+    if (sums) of.sum = _mm512_dpbf16_ps(of.sum, (__m512bh)w, (__m512bh)_mm512_set1_epi16(0x3f80));
+    _mm512_storeu_si512(p, w);
+  }
+
+  __m512 slope_;
+  Half left_, right_;
+  __m512i bend_ = _mm512_load_si512(kBend), fields_ = _mm512_set1_epi64(0x3131212111110101);
+  __m512i to_high_ = _mm512_set4_epi32(0x0d0c0000, 0x09080000, 0x05040000, 0x01000000);  // of each dword
+};
 #endif
 
 }  // namespace LDMFAST_LEVEL_NAMESPACE

@@ -11,10 +11,11 @@
 // the bound not be a number of reasonable size, the block is done again with the true maximum, found in a sweep of its
 // own. The base depends on the query and its head alone, so a result depends neither on threads nor on the batch.
 #include <algorithm>
+#include <atomic>
 
 #include "common/attention_problem.h"
 #include "common/pack.h"
-#include "common/weights.h"
+#include "common/tile_steps.h"
 #include "common/workspace.h"
 
 namespace LDMFAST_LEVEL_NAMESPACE {
@@ -24,7 +25,7 @@ constexpr int64_t kStretchBytes = 1 << 20;  // packed keys and values that stay 
 constexpr int64_t kAhead = 16;              // rows between a prefetch and its use
 constexpr float kLog2e = 1.44269504f;
 constexpr float kHeadroom = 60;     // log2 of the largest weight that the bound allows
-constexpr float kBoundLimit = 16384;  // up to here a base is a whole number to 1/128, as weigh_tiles needs
+constexpr float kBoundLimit = 16384;  // up to here a base is a whole number to 1/128, as TileWeights needs
 const float kNone = -std::numeric_limits<float>::infinity();
 
 template <class Engine>
@@ -55,30 +56,29 @@ class Worker {
   void run(int64_t b, int64_t h, int64_t first, int64_t last, T* out) {
     const bool whole = p_.keys <= stretch_;  // then a block of queries is finished before the next begins
     reserve(whole ? 1 : last - first);
-    b_ = b;
-    h_ = h;
     const int64_t kv = h / (p_.heads / p_.kv_heads);
     const T* k = data<T>(p_.k) + b * p_.k.stride(0) + kv * p_.k.stride(2);
     const T* v = data<T>(p_.v) + b * p_.v.stride(0) + kv * p_.v.stride(2);
     const T* q = data<T>(p_.q) + b * p_.q.stride(0) + h * p_.q.stride(2);
     const int64_t seen = p_.visible(std::min(last * C, p_.queries) - 1);
-    longest_ = longest(k);
-    int64_t packed = -1;
+    if (b != b_ || kv != kv_) packed_ = -1;
+    b_ = b;
+    h_ = h;
+    kv_ = kv;
+    if (packed_ < 0) longest_ = longest(k);
     const auto sweep = [&](Sweep kind, int64_t from, int64_t to) {
       for (int64_t at = 0; at < seen; at += stretch_) {
         const int64_t keys = std::min(stretch_, seen - at);
-        if (packed != at) pack(k + at * p_.k.stride(1), v + at * p_.v.stride(1), keys);
-        packed = at;
+        if (packed_ != at || packed_keys_ != keys) pack(k + at * p_.k.stride(1), v + at * p_.v.stride(1), keys);
+        packed_ = at;
+        packed_keys_ = keys;
         for (int64_t i = from; i < to; ++i) {
           slot_ = i - from;
           row_ = i * C;
           rows_ = int(std::min<int64_t>(C, p_.queries - row_));
           if (kind != Sweep::bounded && !again_[size_t(slot_)]) continue;
           pack_queries(q);
-          if (whole && row_ + C < p_.queries)
-            prefetch<0>(q + (row_ + C) * p_.q.stride(1), p_.q.stride(1), std::min<int64_t>(C, p_.queries - row_ - C),
-                        p_.depth);
-          if (whole) prefetch<1>(out_row(out, row_), p_.heads * p_.width, rows_, p_.width);
+          if (whole) look_ahead(q, out);
           if (at == 0) start(kind);
           if (kind != Sweep::bounded || !again_[size_t(slot_)]) visit(kind, at, keys);
         }
@@ -101,6 +101,14 @@ class Worker {
   }
 
  private:
+  // The next block's queries and this one's output are asked for while the keys are visited.
+  template <class T>
+  void look_ahead(const T* q, T* out) {
+    const int64_t stride = p_.q.stride(1), next = std::min<int64_t>(C, p_.queries - row_ - C);
+    ahead_[0] = next > 0 ? RowsAhead(q + (row_ + C) * stride, stride, next, p_.depth) : RowsAhead();
+    ahead_[1] = RowsAhead(out_row(out, row_), p_.heads * p_.width, rows_, p_.width);
+  }
+
   static Workspace& workspace() {
     static thread_local Workspace kept;
     return kept;
@@ -115,8 +123,7 @@ class Worker {
       k_ = w.take<E>(stretch_ * depth_);
       v_ = w.take<E>(stretch_ * width_);
       q_ = w.take<E>(depth_ * C);
-      scores_[0] = w.take<float>(step_ * C);
-      scores_[1] = Engine::kTiles ? w.take<float>(step_ * C) : scores_[0];
+      scores_ = w.take<float>(step_ * C);
       weights_ = kSplit ? w.take<E>(step_ * C) : nullptr;
       base_ = w.take<float>(slots * C);
       total_ = w.take<float>(slots * C);
@@ -133,7 +140,7 @@ class Worker {
     if constexpr (kSplit)
       return weights_;
     else
-      return scores_[0];
+      return scores_;
   }
 
   // Where A has element (row, k), of `depth` columns: row-major, or by whole tiles.
@@ -259,33 +266,22 @@ class Worker {
   void visit(Sweep kind, int64_t at, int64_t keys) {
     const int64_t seen = std::min(keys, p_.visible(row_ + rows_ - 1) - at);
     float* out = out_ + slot_ * width_ * C;
-    // Tiles are multiplied for a part of the next step's scores while the weights of a part of this one are made.
-    const int kPart = Engine::kTiles ? 16 : step_;
-    int turn = 0;  // which of the two score buffers holds this step
-    const auto score = [&](int64_t j, int part, int buffer) {
-      const int n = int(up(std::min<int64_t>(step_, keys - j), Engine::kRows)) - part;
-      if (n > 0)
-        Engine::multiply(k_ + (j + part) * depth_, depth_, G, q_, scores_[buffer] + part * C,
-                         std::min(n, kPart), int(depth_), false, part > 0);
-    };
-    for (int part = 0; Engine::kTiles && seen > 0 && part < step_; part += kPart) score(0, part, 0);
-    for (int64_t j = 0; j < seen; j += step_) {
-      if (!Engine::kTiles) score(j, 0, 0);
+    int64_t j = 0;
+    if constexpr (Engine::kTiles)
+      if (kind == Sweep::bounded && !p_.bias.has_value())
+        j = visit_whole(std::min(keys, p_.visible(row_) - at) / step_, out);
+    for (RowsAhead& rows : ahead_) rows.some(rows.lines());
+    for (; j < seen; j += step_) {
       const int n = int(std::min<int64_t>(step_, keys - j)), padded = int(up(n, kPad));
-      float* s = scores_[turn];
-      mask(s, at + j, n, padded);
+      Engine::multiply(k_ + j * depth_, depth_, G, q_, scores_, int(up(n, Engine::kRows)),
+                       int(depth_), false);
+      mask(scores_, at + j, n, padded);
       const float unit = p_.bias.has_value() ? 1.0f : unit_;
-      for (int part = 0; part < step_; part += kPart) {
-        if (Engine::kTiles && j + step_ < seen) score(j + step_, part, turn ^ 1);
-        if (part >= padded) continue;
-        const int rows = std::min(kPart, padded - part);
-        if (kind == Sweep::maxima)
-          raise(s + part * C, rows, unit);
-        else
-          weigh(kind, s + part * C, weights() + part * C, rows, unit);
+      if (kind == Sweep::maxima) {
+        raise(scores_, padded, unit);
+        continue;
       }
-      turn ^= Engine::kTiles;
-      if (kind == Sweep::maxima) continue;
+      weigh(kind, scores_, weights(), padded, unit);
       const E* v = v_ + j * width_;
       if constexpr (Engine::kTiles)
         Engine::multiply(v, step_, G, weights(), out, int(width_), padded, started_[size_t(slot_)]);
@@ -293,6 +289,27 @@ class Worker {
         Engine::multiply(v, G, width_ * G, weights(), out, int(width_), padded, started_[size_t(slot_)]);
       started_[size_t(slot_)] = 1;
     }
+  }
+
+  // Steps of which nothing is hidden. Returns the keys seen.
+  int64_t visit_whole([[maybe_unused]] int64_t steps, [[maybe_unused]] float* out) {
+#if defined(__AMX_BF16__)
+    if (steps <= 0) return 0;
+    TileSteps tiles{k_, v_, q_, depth_, width_, step_, scores_, weights_, out, ahead_};
+    const auto run = [&](auto run) {
+      (tiles.*run)(steps, started_[size_t(slot_)], base_ + slot_ * C, unit_, total_ + slot_ * C);
+    };
+    if (depth_ <= 32)
+      ones_ ? run(&TileSteps::run<4, false>) : run(&TileSteps::run<4, true>);
+    else if (depth_ <= 96)
+      ones_ ? run(&TileSteps::run<2, false>) : run(&TileSteps::run<2, true>);
+    else
+      ones_ ? run(&TileSteps::run<1, false>) : run(&TileSteps::run<1, true>);
+    started_[size_t(slot_)] = 1;
+    return steps * step_;
+#else
+    return 0;
+#endif
   }
 
   // Adds the bias, then also scaled and in units of ln 2, and hides what is not to be seen.
@@ -335,8 +352,12 @@ class Worker {
     float* total = total_ + slot_ * C;
 #if defined(__AMX_BF16__)
     if constexpr (Engine::kTiles)
-      if (kind == Sweep::bounded && !p_.bias.has_value())
-        return weigh_tiles(s, weights, padded, base, unit, ones_ ? nullptr : total);
+      if (kind == Sweep::bounded && !p_.bias.has_value()) {
+        TileWeights made(base, unit);
+        for (int j = 0; j < padded; j += 2) made.pair<true>(s + j * C, weights + j * C);
+        if (!ones_) made.add_sums(total);
+        return;
+      }
 #endif
     for (int t = 0; t < C; t += L) {
       const Weights weight(unit, load(base + t));
@@ -414,13 +435,15 @@ class Worker {
   bool ones_;  // a row of V^T holds ones
   int step_;   // keys of one step
   float unit_;
-  int64_t stretch_ = 0, b_ = 0, h_ = 0, row_ = 0, slot_ = 0;
+  int64_t stretch_ = 0, b_ = -1, h_ = 0, kv_ = -1, row_ = 0, slot_ = 0;
+  int64_t packed_ = -1, packed_keys_ = 0;  // first and number of the packed keys, of b_ and kv_
   int rows_ = 0;
   float longest_ = 0;
   float norms_[C];
   E *k_ = nullptr, *v_ = nullptr, *q_ = nullptr, *weights_ = nullptr;
-  float *scores_[2] = {}, *base_ = nullptr, *total_ = nullptr, *out_ = nullptr;
+  float *scores_ = nullptr, *base_ = nullptr, *total_ = nullptr, *out_ = nullptr;
   std::vector<char> started_, again_;
+  RowsAhead ahead_[2];
   [[maybe_unused]] typename Engine::Scope scope_;
 };
 
@@ -428,13 +451,21 @@ template <class Engine, class T>
 void run_blocks(const Problem& p, T* out) {
   typedef Worker<Engine> W;
   const int64_t blocks = (p.queries + W::kQueries - 1) / W::kQueries;
-  parallel_for(0, p.batch * p.heads * blocks, 1, [&](int64_t begin, int64_t end) {
+  // A thread has tasks of its own, far from the others' in memory, and then takes over what one that is held up has left.
+  const int64_t heads = p.batch * p.heads, threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t parts = std::clamp<int64_t>((4 * threads + heads - 1) / heads, 1, blocks), tasks = heads * parts;
+  std::vector<std::atomic<int64_t>> next(static_cast<size_t>(threads));
+  for (int64_t t = 0; t < threads; ++t) next[size_t(t)] = t * tasks / threads;
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     W worker(p);
-    for (int64_t task = begin; task < end;) {
-      const int64_t head = task / blocks, stop = std::min(end, (head + 1) * blocks);
-      worker.run(head / p.heads, head % p.heads, task - head * blocks, stop - head * blocks, out);
-      task = stop;
+    for (int64_t t = begin; t < begin + threads; ++t) {
+      const int64_t owner = t % threads, stop = (owner + 1) * tasks / threads;
+      for (int64_t task; (task = next[size_t(owner)]++) < stop;) {
+        const int64_t head = task / parts, part = task % parts;
+        worker.run(head / p.heads, head % p.heads, part * blocks / parts, (part + 1) * blocks / parts, out);
+      }
     }
+    (void)end;  // whose tasks are taken over in turn
   });
 }
 
