@@ -35,7 +35,7 @@ TINY = ROOT / "ldmfast" / "assets" / "tiny"
 VAE = {"_class_name": "AutoencoderKL", "block_out_channels": [64, 64, 128, 128], "layers_per_block": 2,
        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
 BEGIN = b"begin\n"
-LIMIT = 60.0  # seconds that a writer may take to begin, and again to end
+LIMIT = 600.0  # seconds that a writer may take to begin, and again to end
 WRITES = {"file to file": "a.safetensors", "folder to file": "b.safetensors", "file to folder": "c",
           "folder to folder": "d", "int8 network": "ldmfast_int8.safetensors", "picture": "e.png"}
 REPLACED = ("int8 network", "picture")
