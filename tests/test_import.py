@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import resident
+
 HEAVY = ("transformers", "diffusers", "triton", "PIL", "tqdm", "typer", "safetensors")
 
 
@@ -19,6 +21,16 @@ def test_nothing_heavy_is_imported_beyond_torch():
     for code in ("import ldmfast", "import ldmfast; ldmfast.ops; ldmfast.samplers; ldmfast.models; ldmfast.info()"):
         new = modules_after(code) - before
         assert not new & set(HEAVY), (code, sorted(new & set(HEAVY)))
+
+
+@resident.NEEDED
+def test_import_costs_little_beyond_torch():
+    """At most 0.3 CPU seconds and 40 MB over ``import torch``, as differences within one process."""
+    seconds, grown = map(float, resident.fresh(
+        "import time, torch; memory, start = resident.now(), time.process_time(); import ldmfast; "
+        "print(time.process_time() - start, resident.now() - memory)").split())
+    assert seconds <= 0.3
+    assert 0 <= grown <= 40e6
 
 
 def test_everything_named_is_there():

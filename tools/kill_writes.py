@@ -3,7 +3,7 @@
     python tools/kill_writes.py --count 100              # instants of each kind of write
 
 For each kind of write (converting a file, a folder into a file, a file into a folder, a folder into a folder; storing
-an int8 network; saving a picture) a new interpreter says when its write begins, and is killed after a part of the time
+an int8 network; saving a picture) a forked process says when its write begins, and is killed after a part of the time
 that a whole write takes from there, at instants spread evenly over it. What stands under the final name must be
 nothing, or the whole result byte for byte (or, where a file is replaced, the one that was there before). Prints a line
 for each kind: how many writers were killed before they had finished, how many of them left a temporary behind (those
@@ -20,10 +20,10 @@ import os
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ TINY = ROOT / "ldmfast" / "assets" / "tiny"
 VAE = {"_class_name": "AutoencoderKL", "block_out_channels": [64, 64, 128, 128], "layers_per_block": 2,
        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
 BEGIN = b"begin\n"
-LIMIT = 60.0  # seconds that a writer may take to begin, and again to end
+LIMIT = 600.0  # seconds that a writer may take to begin, and again to end
 WRITES = {"file to file": "a.safetensors", "folder to file": "b.safetensors", "file to folder": "c",
           "folder to folder": "d", "int8 network": "ldmfast_int8.safetensors", "picture": "e.png"}
 REPLACED = ("int8 network", "picture")
@@ -43,14 +43,14 @@ REPLACED = ("int8 network", "picture")
 
 @dataclass(frozen=True)
 class Write:
-    """command, given the target's path, prints BEGIN, writes, closes stdout, and exits with 0.
+    """act, given the target's path, writes it, in a process of its own.
 
     before: what stands under the name when it begins, where it is replaced.
     """
 
     name: str
     target: str
-    command: tuple[str, ...]
+    act: Callable[[Path], object]
     before: bytes | None = None
 
 
@@ -85,16 +85,18 @@ def sources(folder: Path) -> list[Write]:
     save_file({k: v.contiguous() for k, v in vae.items()}, folder / "vae" / "diffusion_pytorch_model.safetensors")
     convert(folder / "vae", folder / "vae.safetensors", progress=False)
     Image.effect_noise((320, 320), 80).convert("RGB").save(folder / "picture.png")
-    command = (sys.executable, str(Path(__file__).resolve()), "--from", str(folder), "--write")
-    return [Write(name, target, (*command, name), b"before" if name in REPLACED else None)
-            for name, target in WRITES.items()]
+    writes = [Write(name, target, writer(name, folder), b"before" if name in REPLACED else None)
+              for name, target in WRITES.items()]
+    for write in writes:  # what is imported late belongs to no write
+        with tempfile.TemporaryDirectory(dir=folder) as rehearsal:
+            write.act(Path(rehearsal) / write.target)
+    return writes
 
 
 def writer(name: str, folder: Path) -> Callable[[Path], object]:
     """The write of that name, with everything that comes before it done."""
     import torch
 
-    torch.set_num_threads(1)
     if name == "picture":
         from PIL import Image
 
@@ -136,26 +138,51 @@ def _ordered(data: bytes) -> bytes:
         return data
 
 
+def start(write: Write, target: Path) -> tuple[int, int]:
+    """A process that prints BEGIN into a pipe, writes, and ends: its id, and the pipe's other end."""
+    source, sink = os.pipe()
+    process = os.fork()
+    if process:
+        os.close(sink)
+        return process, source
+    status = 1
+    try:
+        import torch
+
+        torch.set_num_threads(1)  # threads of a pool are not there after a fork
+        os.close(source)
+        os.write(sink, BEGIN)
+        write.act(target)
+        os.close(sink)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
 def run(write: Write, target: Path, after: float | None) -> tuple[float, bool]:
-    """Runs the write in a new interpreter, killed ``after`` seconds from its beginning (None: not).
+    """Runs the write in a process of its own, killed ``after`` seconds from its beginning (None: not).
 
     Returns the seconds from there to its end, and whether it was killed in time."""
-    with subprocess.Popen([*write.command, str(target)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        try:
-            ready, _, _ = select.select([process.stdout], [], [], LIMIT)
-            start = time.perf_counter()
-            if not ready or process.stdout.readline() != BEGIN:
-                raise SystemExit(f"{write.name}: the writer did not begin within {LIMIT:.0f} s")
-            select.select([process.stdout], [], [], LIMIT if after is None else after)
-            seconds = time.perf_counter() - start
-            if after is not None:
-                process.kill()
-            status = process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            raise SystemExit(f"{write.name}: the writer did not end within {LIMIT:.0f} s") from None
-        finally:
-            process.kill()
+    process, pipe = start(write, target)
+    ended, late = False, ""
+    try:
+        ready, _, _ = select.select([pipe], [], [], LIMIT)
+        begin = time.perf_counter()
+        if not ready or os.read(pipe, len(BEGIN)) != BEGIN:
+            late = "begin"
+        else:
+            ended = bool(select.select([pipe], [], [], LIMIT if after is None else after)[0])
+            late = "" if ended or after is not None else "end"
+        seconds = time.perf_counter() - begin
+    finally:
+        if not ended or after is not None:
+            os.kill(process, signal.SIGKILL)
+        os.close(pipe)
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if late:
+        raise SystemExit(f"{write.name}: the writer did not {late} within {LIMIT:.0f} s")
     if status not in (0, -signal.SIGKILL):
         raise SystemExit(f"{write.name}: the write itself failed ({status})")
     return seconds, status != 0
@@ -194,18 +221,7 @@ def report(write: Write, folder: Path, count: int) -> Report:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="instants of each kind (default %(default)s)")
-    parser.add_argument("--write", choices=WRITES, help=argparse.SUPPRESS)  # this and what follows: of the writers
-    parser.add_argument("--from", dest="source", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("target", nargs="?", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.write:
-        act = writer(args.write, args.source)
-        with tempfile.TemporaryDirectory(dir=args.source) as rehearsal:  # what is imported late belongs to no write
-            act(Path(rehearsal) / args.target.name)
-        os.write(1, BEGIN)
-        act(args.target)
-        os.close(1)  # taking torch down belongs to no write either
-        os._exit(0)
     with tempfile.TemporaryDirectory(prefix="kill-") as name:
         (Path(name) / "from").mkdir()
         reports = [report(write, Path(name) / "to", args.count) for write in sources(Path(name) / "from")]

@@ -3,6 +3,7 @@ read."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..ops._load import keep_freed_memory
+from ..ops._heap import freed_at_once
 from ..quantization import Plan
 from .config_values import check_values
 from .gemm import Conv2d, Linear
@@ -130,24 +131,23 @@ class Model(nn.Module):
         wanted = {k: v.shape for k, v in model.state_dict().items()}
         units = _units(model) if pack else {}
         given: set[str] = set()
-        for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
-            check_tensor(cls.__name__, wanted, name, tensor)
-            given.add(name)
-            waits = int8 is not None and name in units  # rounded to 8 bits, or converted, when it is complete
-            if dtype is not None and tensor.is_floating_point() and not waits:
-                tensor = tensor.to(dtype)
-            path, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(path)
-            if leaf in owner._buffers:
-                owner.register_buffer(leaf, tensor)
-            else:
-                owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-            if name in units and not units[name].waits_for(name):
-                units[name].settle(model, int8, dtype)
+        with freed_at_once() if pack else contextlib.nullcontext():
+            for name, tensor in weights.items() if isinstance(weights, Mapping) else weights:
+                check_tensor(cls.__name__, wanted, name, tensor)
+                given.add(name)
+                waits = int8 is not None and name in units  # rounded to 8 bits, or converted, when it is complete
+                if dtype is not None and tensor.is_floating_point() and not waits:
+                    tensor = tensor.to(dtype)
+                path, _, leaf = name.rpartition(".")
+                owner = model.get_submodule(path)
+                if leaf in owner._buffers:
+                    owner.register_buffer(leaf, tensor)
+                else:
+                    owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+                if name in units and not units[name].waits_for(name):
+                    units[name].settle(model, int8, dtype)
         check_complete(cls.__name__, wanted, given)
         model.requires_grad_(False)
-        if pack:
-            keep_freed_memory()
         return model if int8 is None else model.with_plan(int8)
 
     def with_plan(self: M, plan: Plan) -> M:

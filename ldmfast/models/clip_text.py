@@ -15,7 +15,7 @@ from ..errors import LdmfastError, ShapeError
 from .base import Config, Model, unsupported
 from .direct import Direct
 from .gemm import Linear
-from .layers import Joined, LayerNorm
+from .layers import Embedding, Joined, LayerNorm
 
 T = TypeVar("T", bound="_TextModel")
 
@@ -83,8 +83,8 @@ class ProjectedTextOutput(NamedTuple):
 class _Embeddings(Direct):
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids).add_(self.position_embedding.weight[:ids.shape[1]])

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, LdmfastError, ShapeError
 from .base import Config, Model, unsupported
 from .direct import Direct
 from .gemm import Linear
-from .layers import by_rows
+from .layers import Embedding, by_rows
 from .segments import number_blocks, through
 from .single_file import FromSingleFile
 from .transformer_blocks import Block, LayerNorm, PatchEmbed, Sinusoids, Step, TransformerState, too_many, unpatchify
@@ -90,7 +90,7 @@ def check_sizes(config: Any) -> None:
 class _Labels(nn.Module):
     def __init__(self, classes: int, channels: int):
         super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, channels)  # the last is "no class", for guidance
+        self.embedding_table = Embedding(classes + 1, channels)  # the last is "no class", for guidance
 
 
 class _Embedder(Direct):

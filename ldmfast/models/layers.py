@@ -92,6 +92,14 @@ class TimestepEmbedding(Direct):
         return x if self.post_act is None else ACTIVATIONS[self.post_act](x)
 
 
+class Embedding(nn.Embedding):
+    """torch's, which on the meta device draws nothing: there its normal numbers would import torch's compiler."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class GroupNorm(Direct, nn.GroupNorm):
     """GroupNorm of (x + shift), with SiLU if asked; shift (N, C) is the time embedding."""
 

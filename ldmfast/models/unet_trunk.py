@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import LdmfastError, ShapeError
 from .base import Config, Model
 from .gemm import Conv2d, Linear
-from .layers import GroupNorm, TimestepEmbedding, by_rows, channels_last, timestep_embedding
+from .layers import Embedding, GroupNorm, TimestepEmbedding, by_rows, channels_last, timestep_embedding
 from .unet_blocks import DownBlock, MidBlock, Step, UpBlock
 from .unet_cached import number_segments, run_cached, segments
 from .unet_config import UNetPlan
@@ -42,7 +42,7 @@ class UNetTrunk(Model):
     def _class_embedding(self, plan: UNetPlan) -> nn.Module | None:
         c, kind = self.config, self.config.class_embed_type
         if kind is None:
-            return None if c.num_class_embeds is None else nn.Embedding(c.num_class_embeds, plan.time_dim)
+            return None if c.num_class_embeds is None else Embedding(c.num_class_embeds, plan.time_dim)
         if kind == "timestep":
             return TimestepEmbedding(c.block_out_channels[0], plan.time_dim)
         if kind == "identity":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ShapeError
 from .base import Config, Model
 from .gemm import Conv2d
+from .layers import Embedding
 from .tiling import check_image, run
 from .vae_blocks import Decoder, Encoder, check_blocks
 
@@ -54,7 +55,7 @@ class Codebook(nn.Module):
 
     def __init__(self, codes: int, channels: int):
         super().__init__()
-        self.embedding = nn.Embedding(codes, channels)
+        self.embedding = Embedding(codes, channels)
 
     def forward(self, z: Tensor) -> Tensor:
         """(N, C, h, w) -> the same with every pixel replaced by its nearest code, channels-last."""

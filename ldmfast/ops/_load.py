@@ -178,11 +178,3 @@ def _hold_blocks() -> Callable[[int], Any]:
         return ctypes.CDLL(str(PACKAGE / "libldmfast_ops.so")).ldmfast_hold_blocks
     except (OSError, AttributeError):  # not built, or does not load, which load_cpu() has said
         return lambda on: None
-
-
-def keep_freed_memory() -> None:
-    """From now on blocks up to 64 MiB that the process frees are used again instead of being cleared anew by the
-    kernel; what is free at this moment goes back to it."""
-    host = host_module()
-    if host is not None:
-        host.keep_freed_memory()

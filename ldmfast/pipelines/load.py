@@ -112,12 +112,16 @@ def _tokenizer(parts: Parts, part: str) -> Any:
     folder = parts.folder(part)
     try:
         if folder is not None:
-            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-        config = parts.config(part)
-        return CLIPTokenizer.from_pretrained(str(ASSETS / "clip_tokenizer"), local_files_only=True, **config)
+            tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        else:
+            tokenizer = CLIPTokenizer.from_pretrained(str(ASSETS / "clip_tokenizer"), local_files_only=True,
+                                                      **parts.config(part))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{parts.path}: part {part!r} is not a readable CLIP tokenizer "
                               f"({str(error).splitlines()[0]})") from error
+    if getattr(tokenizer, "_merges", None):
+        tokenizer._merges = []  # 13 MiB that only its constructor reads
+    return tokenizer
 
 
 def int8_file(parts: Parts) -> Path:

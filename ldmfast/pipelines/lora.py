@@ -12,7 +12,7 @@ from .. import loras
 from ..errors import LdmfastError, ShapeError
 from ..loras.scales import as_weight
 from ..models import Model, UNet2D, UNet2DCondition
-from ..ops._load import keep_freed_memory
+from ..ops._heap import keep_freed_memory
 
 if TYPE_CHECKING:
     from .load import Components

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from ..checkpoints import safetensors
 from ..errors import CheckpointError
-from ..models.base import Model, keep_freed_memory
+from ..models.base import Model
 from ..models.gemm import Conv2d, Linear
 from ..models.layers import Joined
 from ..models.rowwise import rows_to_int8
+from ..ops._heap import freed_at_once
 from .plan import Plan
 
 M = TypeVar("M", bound=Model)
@@ -96,14 +97,14 @@ def load(cls: type[M], config: Mapping[str, Any], header: safetensors.Header, pl
     layers = dict(model.named_modules())
     names = sorted(header.tensors, key=_layer_of)  # all tensors of a layer, then the next layer
     stream = safetensors.load(header, names=names, mapped=False)
-    for name, group in itertools.groupby(stream, lambda item: _layer_of(item[0])):
-        tensors = {n[len(name) + 1:]: t for n, t in group}
-        _fill(where, layers, wanted, name, tensors, plan)
+    with freed_at_once():
+        for name, group in itertools.groupby(stream, lambda item: _layer_of(item[0])):
+            tensors = {n[len(name) + 1:]: t for n, t in group}
+            _fill(where, layers, wanted, name, tensors, plan)
     missing = [n for n, t in model.state_dict().items() if t.is_meta]
     if missing:
         raise CheckpointError(f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}; write it again with "
                               "'ldmfast quantize'")
-    keep_freed_memory()
     return model.with_plan(plan)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import signal
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -12,25 +13,21 @@ import pytest
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this platform")
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "kill_writes.py"
-CARELESS = """
-import sys, time
-print("begin", flush=True)
-with open(sys.argv[1], "wb") as file:
-    for _ in range(20):
-        file.write(b"x" * 1000)
-        file.flush()
-        time.sleep(0.005)
-"""
-ELSEWHERE = """
-import os, sys, time
-print("begin", flush=True)
-time.sleep(0.1)
-other = os.path.dirname(sys.argv[1]) + "-elsewhere"
-with open(other, "wb") as file:
-    file.write(b"x")
-os.rename(other, sys.argv[1])
-"""
-HANGS = "import time; time.sleep(60)"
+
+
+def careless(target: Path) -> None:
+    with target.open("wb") as file:
+        for _ in range(20):
+            file.write(b"x" * 1000)
+            file.flush()
+            time.sleep(0.005)
+
+
+def elsewhere(target: Path) -> None:
+    time.sleep(0.1)
+    other = target.parent.with_name(f"{target.parent.name}-elsewhere")
+    other.write_bytes(b"x")
+    other.rename(target)
 
 
 @pytest.fixture(scope="module")
@@ -57,28 +54,26 @@ def test_six_instants_of_each_mechanism(name: str, kill: ModuleType, writes: dic
     assert found.half == 0 and found.inside > 0 and found.holds
 
 
-def _python(kill: ModuleType, code: str):
-    return kill.Write("python", "x", (sys.executable, "-c", code))
-
-
 def test_a_half_file_is_seen(kill: ModuleType, tmp_path: Path) -> None:
-    found = kill.report(_python(kill, CARELESS), tmp_path / "to", 6)
+    found = kill.report(kill.Write("careless", "x", careless), tmp_path / "to", 6)
     assert found.half > 0 and not found.holds
 
 
 def test_kills_that_met_no_write_are_a_failure(kill: ModuleType, tmp_path: Path, capsys) -> None:
     """Children that hung before they wrote were counted as 100 killed and 0 half files, and the tool was content."""
-    found = kill.report(_python(kill, ELSEWHERE), tmp_path / "to", 6)
+    found = kill.report(kill.Write("elsewhere", "x", elsewhere), tmp_path / "to", 6)
     assert found.killed > 0 and (found.half, found.inside, found.holds) == (0, 0, False)
     assert "NOTHING WAS TRIED" in capsys.readouterr().out
 
 
 def test_a_writer_that_hangs_is_ended(kill: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kill, "LIMIT", 0.5)
-    with pytest.raises(SystemExit, match="did not begin within"):
-        kill.report(_python(kill, HANGS), tmp_path / "to", 1)
+    hangs = kill.Write("hangs", "x", lambda target: time.sleep(60))
     with pytest.raises(SystemExit, match="did not end within"):
-        kill.report(_python(kill, 'print("begin", flush=True); ' + HANGS), tmp_path / "to", 1)
+        kill.report(hangs, tmp_path / "to", 1)
+    monkeypatch.setattr(kill, "BEGIN", b"")  # it never says that it begins
+    with pytest.raises(SystemExit, match="did not begin within"):
+        kill.report(hangs, tmp_path / "to", 1)
 
 
 def test_the_order_of_a_header_is_no_difference_but_a_number_is(kill: ModuleType, tmp_path: Path) -> None:
