@@ -102,6 +102,14 @@ class Session:
                 self.store.drop(kind)
         return y
 
+    def restart(self) -> None:
+        """Lets go of what is held; the next evaluation has rows of other branches."""
+        for kind, policy in self._policy.items():
+            self.store.drop(kind)
+            judge = policy.judge(self.call) if kind in self._judges else None
+            if judge is not None:
+                self._judges[kind] = judge
+
     def _merge(self, branches: int) -> None:
         """Of what is held for all branches, prompt attention becomes the mean, the rest the conditional part."""
         if not self._merged:

@@ -184,8 +184,8 @@ class Engine:
 def _refusal(denoiser: Denoiser, table: StepTable) -> str:
     if any(isinstance(s, TransformerState) and s.rows is None for s in denoiser.states):
         return "the modulations of all steps would not fit into their share of the memory"
-    if getattr(denoiser, "skipping", None):
-        return "skip-layer guidance evaluates another network at some of the steps"
+    if denoiser.plan.unsteady:
+        return denoiser.plan.unsteady
     if any(s is not None for s in denoiser.sessions):
         return "the call has a cache, whose steps are not one graph"
     if table.clip is not None:

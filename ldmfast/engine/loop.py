@@ -34,7 +34,8 @@ def key(denoiser: Denoiser, x: Tensor, table: StepTable) -> Hashable:
     """What a recorded stage depends on. Not in it, because it is read from buffers: coefficients, times, prompts,
     noise, the guidance scale (but where guidance is rescaled, which is not linear)."""
     states = [shape_of(s) for s in denoiser.states]
-    rescaled = (denoiser.guidance_scale, denoiser.guidance_rescale) if denoiser.guidance_rescale > 0 else None
+    plan = denoiser.plan
+    rescaled = None if plan.linear else (plan.rescale, tuple(map(float, plan.weights[0])))
     extra = None if denoiser.extra is None else denoiser.extra.shape
     return (tuple(x.shape), x.dtype, denoiser.dtype, denoiser.branches, tuple(states), extra, rescaled, table.columns,
             bool((table.c_in == 1).all()), capacity(table))
@@ -55,7 +56,7 @@ class Loop:
         self.states = [room(s, rows) for s in denoiser.states]
         # the call's own are not kept
         vars(self.denoiser).update(states=[], extra=None, unet=unet, unets=[], pipe=None, request=None,
-                                   network_time=None)
+                                   network_time=None, forwards=[], sessions=[])
         self.unet, self.sides = unet, Sides(unet)
         embed = getattr(unet, "pos_embed", None)
         self.positions = embed.positions(x) if isinstance(embed, PatchEmbed) else None  # nobody else keeps them

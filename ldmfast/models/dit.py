@@ -16,6 +16,7 @@ from ..errors import CheckpointError, LdmfastError, ShapeError
 from .base import Config, Model, unsupported
 from .direct import Direct
 from .gemm import Linear
+from .hooks import Hooks
 from .layers import Embedding, by_rows
 from .segments import number_blocks, through
 from .single_file import FromSingleFile
@@ -196,12 +197,13 @@ class DiT(FromSingleFile, Model):
 
     @torch.no_grad()
     def forward(self, sample: Tensor, timestep: Tensor | float, *, class_labels: Tensor | None = None,
-                state: TransformerState | None = None, cache: Session | None = None) -> Tensor:
+                state: TransformerState | None = None, cache: Session | None = None,
+                hooks: Hooks | None = None) -> Tensor:
         """Predicts noise and, behind it, the learned variance (or what the model was trained for).
 
         sample: (N, in_channels, H, W), H and W multiples of the patch size; returns (N, out_channels, H, W) in the
         model's dtype, channels-last. timestep: number, or tensor () or (N,). With ``state`` from prepare() no labels
-        are given. cache: of this call (ldmfast.caches). Raises ShapeError for sizes that do not fit, LdmfastError for
+        are given. cache, hooks: of this call. Raises ShapeError for sizes that do not fit, LdmfastError for
         contradicting arguments.
         """
         self.pos_embed.grid(sample)
@@ -209,12 +211,13 @@ class DiT(FromSingleFile, Model):
             state = self.prepare(timestep, class_labels=class_labels)
         elif class_labels is not None:
             raise LdmfastError("class_labels were given together with a prepared state; give one of the two")
-        step = replace(state.step(timestep, len(sample)), cache=cache)
+        step = replace(state.step(timestep, len(sample)), cache=cache, hooks=hooks)
         return self.at(as_list(timestep)).run(sample, step)
 
     def run(self, sample: Tensor, step: Step) -> Tensor:
         x = self.pos_embed(sample.to(self.dtype))
         blocks = [partial(block, rows=rows, step=step) for block, rows in zip(self.transformer_blocks, step.rows)]
+        blocks = step.kept(blocks)
         x = through(blocks, x, step.cache, partial(self._modulated, x, step.rows))
         shift, scale = step.last
         patches = self.proj_out_2(self.norm_out(x, scale, shift, self.proj_out_2))

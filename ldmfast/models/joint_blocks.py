@@ -17,6 +17,7 @@ from .. import ops
 from ..errors import LdmfastError, ShapeError
 from .direct import Direct
 from .gemm import Linear, Quantized
+from .hooks import Attend, Hooks
 from .layers import Joined, TimestepEmbedding, by_rows, timestep_embedding
 from .linears import GeluLinear
 from .unet_state import as_list, rows_of
@@ -111,7 +112,8 @@ class JointAttention(Joined):
                                 context_k_weight=added[1], cos=cos, sin=sin, eps=None if gains[0] is None else EPS)
 
     def forward(self, x: Tensor | Quantized, text: Tensor | Quantized, rope: Rope | None = None,
-                keep: Callable[[Tensor], None] | None = None) -> tuple[Tensor, Tensor | None]:
+                keep: Callable[[Tensor], None] | None = None, attend: Attend | None = None,
+                ) -> tuple[Tensor, Tensor | None]:
         """Image and text tokens -> their outputs, projected; the text's is None without ``text_out``. rope: of all
         tokens, the text's first. keep: is given q, k and v of the text, before norms and rotation."""
         text_qkv = self.project(text, text=True)
@@ -120,28 +122,33 @@ class JointAttention(Joined):
         q, k, v = self.normed(self.project(x), text_qkv, rope)
         cut, (to_out,) = text_qkv.shape[1], cast(Any, self.to_out)
         if self.to_add_out is None:
-            return to_out(ops.attention(q[:, cut:], k, v).flatten(2)), None
-        out = ops.attention(q, k, v).flatten(2)
+            return to_out(_mixed(q[:, cut:], k, v, attend, cut).flatten(2)), None
+        out = _mixed(q, k, v, attend, cut).flatten(2)
         return to_out(out[:, cut:]), self.to_add_out(out[:, :cut])
 
     def alone(self, x: Tensor | Quantized, rope: Rope | None = None, keep: Callable[[Tensor], None] | None = None,
-              ) -> Tensor:
+              attend: Attend | None = None) -> Tensor:
         """Attention among the given tokens; not projected if there is no output projection. keep: is given q, k and v
         before norms and rotation."""
         qkv = self.project(x)
         if keep is not None:
             keep(qkv)
-        out = ops.attention(*self.normed(qkv, None, rope)).flatten(2)
+        out = _mixed(*self.normed(qkv, None, rope), attend).flatten(2)
         return out if self.to_out is None else self.to_out[0](out)
 
-    def beside(self, x: Tensor | Quantized, text_qkv: Tensor, rope: Rope | None = None) -> Tensor:
+    def beside(self, x: Tensor | Quantized, text_qkv: Tensor, rope: Rope | None = None,
+               attend: Attend | None = None) -> Tensor:
         """The image's output alone, beside text whose q, k and v are given as keep() got them; not projected if there
         is no output projection."""
         qkv, cut = self.project(x), text_qkv.shape[1]
         q, k, v = (self.normed(qkv, text_qkv, rope) if self.text else
                    self.normed(torch.cat([text_qkv, qkv], dim=1), None, rope))
-        out = ops.attention(q[:, cut:], k, v).flatten(2)
+        out = _mixed(q[:, cut:], k, v, attend, cut).flatten(2)
         return out if self.to_out is None else self.to_out[0](out)
+
+
+def _mixed(q: Tensor, k: Tensor, v: Tensor, attend: Attend | None = None, text: int = 0) -> Tensor:
+    return ops.attention(q, k, v) if attend is None else attend(q, k, v, None, text)
 
 
 class _Gelu(nn.Module):
@@ -222,6 +229,7 @@ class Step(NamedTuple):
     text: Tensor
     rope: Rope | None
     cache: Session | None = None
+    hooks: Hooks | None = None
 
 
 @dataclass(frozen=True)

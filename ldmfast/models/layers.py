@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from .direct import Direct, watched
 from .gemm import Conv2d, GatedLinear, Linear, Quantized
+from .hooks import Attend
 
 # rows of one small GEMM: one register tile of oneDNN and MKL, and weights are read once for 16 steps
 _ROWS = 16
@@ -273,7 +274,7 @@ class Attention(Joined):
         return self._heads(self.to_k(context)), self._heads(self.to_v(context))
 
     def forward(self, x: Tensor | Quantized, kv: KeysValues | None = None, bias: Tensor | None = None,
-                residual: Tensor | None = None) -> Tensor:
+                residual: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         if kv is not None:
             q, (k, v) = self._heads(self.to_q(x)), kv
         elif self.to_qkv is not None:
@@ -281,7 +282,8 @@ class Attention(Joined):
         else:
             q, (k, v) = self._heads(self.to_q(x)), self.keys_values(x)
         to_out, = self.to_out
-        return to_out(ops.attention(q, k, v, bias=bias).flatten(2), residual)
+        mixed = ops.attention(q, k, v, bias=bias) if attend is None else attend(q, k, v, bias, 0)
+        return to_out(mixed.flatten(2), residual)
 
 
 class SpatialNorm(Direct):
@@ -313,11 +315,12 @@ class SpatialAttention(Attention):
             self.spatial_norm = SpatialNorm(channels, latent_channels, silu=False)
         self.scale = scale
 
-    def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, latent: Tensor | None = None,  # type: ignore[override]
+                attend: Attend | None = None) -> Tensor:
         normed: Tensor | Quantized = x if latent is None else self.spatial_norm(x, latent)
         if self.group_norm is not None:
             normed = self.group_norm.into(self.entry, x)
-        h = as_image(super().forward(as_tokens(normed), residual=as_tokens(x)), *x.shape[2:])
+        h = as_image(super().forward(as_tokens(normed), residual=as_tokens(x), attend=attend), *x.shape[2:])
         return h if self.scale == 1.0 else h.div_(self.scale)
 
 

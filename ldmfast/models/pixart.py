@@ -16,6 +16,7 @@ from .base import Config, Model
 from .direct import Direct
 from .dit import check_sizes
 from .gemm import Linear
+from .hooks import Hooks
 from .layers import by_rows
 from .segments import number_blocks, through
 from .single_file import FromSingleFile
@@ -181,13 +182,14 @@ class PixArt(FromSingleFile, Model):
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor | None = None, *,
                 encoder_attention_mask: Tensor | None = None, attention_mask: Tensor | None = None,
                 added_cond_kwargs: Mapping[str, Tensor | None] | None = None,
-                state: TransformerState | None = None, cache: Session | None = None) -> Tensor:
+                state: TransformerState | None = None, cache: Session | None = None,
+                hooks: Hooks | None = None) -> Tensor:
         """Predicts noise and, behind it, the learned variance.
 
         sample: (N, in_channels, H, W), H and W multiples of the patch size; returns (N, out_channels, H, W) in the
         model's dtype, channels-last. timestep: number, or tensor () or (N,). attention_mask: of the picture's tokens,
         in the forms of encoder_attention_mask. With ``state`` from prepare() no conditions are given; without it they
-        are the arguments of prepare(). cache: of this call (ldmfast.caches). Raises ShapeError for sizes that do not
+        are the arguments of prepare(). cache, hooks: of this call. Raises ShapeError for sizes that do not
         fit, LdmfastError for contradicting arguments.
         """
         self.pos_embed.grid(sample)
@@ -199,7 +201,7 @@ class PixArt(FromSingleFile, Model):
             raise LdmfastError("conditions were given together with a prepared state, which holds its own; give one of "
                                "the two")
         step = state.step(timestep, len(sample), self._bias("attention_mask", attention_mask, len(sample)))
-        return self.at(as_list(timestep)).run(sample, replace(step, cache=cache))
+        return self.at(as_list(timestep)).run(sample, replace(step, cache=cache, hooks=hooks))
 
     def run(self, sample: Tensor, step: Step) -> Tensor:
         x = self.pos_embed(sample.to(self.dtype))
@@ -212,7 +214,7 @@ class PixArt(FromSingleFile, Model):
         blocks = [lambda x, i=i, block=block: block(x, rows(block), step, step.prompts[i] if step.prompts else None)
                   for i, block in enumerate(layers)]
         first = rows(layers[0])
-        x = through(blocks, x, step.cache,
+        x = through(step.kept(blocks), x, step.cache,
                     lambda: ops.layer_norm_modulate(x, first[1], first[0], eps=self.config.norm_eps))
         shift, scale = step.last
         patches = self.proj_out(self.norm_out(x, scale, shift, self.proj_out))

@@ -16,6 +16,7 @@ from ..errors import CheckpointError, LdmfastError, ShapeError
 from .base import Config, Model, unsupported
 from .direct import Direct
 from .gemm import Linear
+from .hooks import Attend, Hooks
 from .joint_blocks import (
     EPS,
     GeluFeedForward,
@@ -128,20 +129,21 @@ class JointBlock(Direct):
         cache, place = step.cache, self.place
         frozen = None if cache is None else cache.reuses("text", place)  # q, k and v of the text
         keep = None if cache is None else partial(cache.keep, "text", place)
+        own = None if step.hooks is None else step.hooks.attend.get(place)
 
         def attend() -> Any:
             image_in, = modulated(x, shift, scale, self.attn.entry)
             if frozen is not None:
-                return self.attn.beside(image_in, frozen)
+                return self.attn.beside(image_in, frozen, attend=own)
             text_in, = modulated(text, text_rows[0], text_rows[1], self.attn.text_entry)
-            return self.attn(image_in, text_in, keep=keep)
+            return self.attn(image_in, text_in, keep=keep, attend=own)
 
         if frozen is not None and cache is not None:
             image_out, text_out = cache.value("self", (place, "image"), attend), None
         else:
             image_out, text_out = attend() if cache is None else cache.value("self", place, attend)
         if self.attn2 is not None:
-            x = gated(x, rows[8], self._second(x, rows, cache))
+            x = gated(x, rows[8], self._second(x, rows, cache, own))
         x = gated(x, gate, image_out)
         x = gated(x, gate_ff, _feed(self.ff, x, shift_ff, scale_ff, cache, (place, "image")))
         if self.ff_context is None or frozen is not None:
@@ -150,11 +152,11 @@ class JointBlock(Direct):
         text = gated(text, gate, cast(Tensor, text_out))
         return x, gated(text, gate_ff, _feed(self.ff_context, text, shift_ff, scale_ff, cache, (place, "text")))
 
-    def _second(self, x: Tensor, rows: Sequence[Tensor], cache: Session | None) -> Tensor:
+    def _second(self, x: Tensor, rows: Sequence[Tensor], cache: Session | None, own: Attend | None) -> Tensor:
         attn = cast(JointAttention, self.attn2)
 
         def attend() -> Tensor:
-            return attn.alone(modulated(x, rows[6], rows[7], attn.entry)[0])
+            return attn.alone(modulated(x, rows[6], rows[7], attn.entry)[0], attend=own)
 
         return attend() if cache is None else cast(Tensor, cache.value("self", (self.place, "second"), attend))
 
@@ -210,14 +212,15 @@ class SD3Transformer2D(FromSingleFile, Model):
                 pooled_projections: Tensor | None = None, *, state: JointState | None = None,
                 block_controlnet_hidden_states: Sequence[Tensor] | None = None,
                 joint_attention_kwargs: dict[str, Any] | None = None,
-                skip_layers: Sequence[int] | None = None, cache: Session | None = None) -> Tensor:
+                skip_layers: Sequence[int] | None = None, cache: Session | None = None,
+                hooks: Hooks | None = None) -> Tensor:
         """The predicted velocity (N, out_channels, H, W), channels-last, H and W rounded down to whole patches.
 
         sample: (N, in_channels, H, W). timestep: number, or tensor () or (N,). With ``state`` from prepare() no
         conditions are given; without it they are the arguments of prepare(). block_controlnet_hidden_states: one
         (N, patches, D) or several, spread over the blocks. skip_layers: blocks that are left out (skip-layer guidance).
-        cache: of this call (ldmfast.caches). Raises ShapeError for sizes that do not fit, LdmfastError for
-        contradicting arguments.
+        cache, hooks: of this call (ldmfast.caches, ldmfast.guidance). Raises ShapeError for sizes that do not fit,
+        LdmfastError for contradicting arguments.
         """
         check_kwargs(joint_attention_kwargs)
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
@@ -228,7 +231,8 @@ class SD3Transformer2D(FromSingleFile, Model):
         elif encoder_hidden_states is not None or pooled_projections is not None:
             raise LdmfastError("conditions were given together with a prepared state, which holds its own; give one of "
                                "the two")
-        step, skipped = state.step(timestep, len(sample))._replace(cache=cache), frozenset(skip_layers or ())
+        step = state.step(timestep, len(sample))._replace(cache=cache, hooks=hooks)
+        skipped = frozenset(skip_layers or ()) | (frozenset() if hooks is None else hooks.skipped)
         return self.at(as_list(timestep)).run(sample, step, block_controlnet_hidden_states, skipped)
 
     def run(self, sample: Tensor, step: Step, controls: Sequence[Tensor] | None = None,

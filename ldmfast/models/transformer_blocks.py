@@ -5,9 +5,9 @@ depend on the sample.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from .. import ops
 from ..errors import LdmfastError, ShapeError
 from .direct import Direct
 from .gemm import Conv2d, GatedLinear, Linear, Quantized
+from .hooks import Hooks
 from .layers import Attention, KeysValues, as_tokens, by_rows, channels_last, timestep_embedding
 from .linears import GeluLinear
 from .unet_state import as_list
@@ -157,6 +158,11 @@ class Step:
     self_bias: Tensor | None = None
     spans: tuple[Span, ...] = ()
     cache: Session | None = None
+    hooks: Hooks | None = None
+
+    def kept(self, blocks: Sequence[Any]) -> list[Any]:
+        """A network's blocks without those that are left out."""
+        return [b for i, b in enumerate(blocks) if self.hooks is None or i not in self.hooks.skipped]
 
 
 class Block(Direct):
@@ -184,9 +190,10 @@ class Block(Direct):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows.unbind()
         norm, mlp_norm = self.norms()
         cache, place = step.cache, self.place
+        own = None if step.hooks is None else step.hooks.attend.get(place)
 
         def attend() -> Tensor:
-            return self.attn1(norm(x, scale, shift, self.attn1.entry), bias=step.self_bias)
+            return self.attn1(norm(x, scale, shift, self.attn1.entry), bias=step.self_bias, attend=own)
 
         x = ops.gate_residual(x, attend() if cache is None else cache.value("self", place, attend), gate)
         if prompt is not None and cache is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import LdmfastError, ShapeError
 from .gemm import Linear
+from .hooks import Hooks
 from .layers import ACTIVATIONS, TimestepEmbedding, by_rows, timestep_embedding
 from .single_file import FromSingleFile
 from .unet_config import UNet2DConditionConfig
@@ -84,7 +85,8 @@ class UNet2DCondition(FromSingleFile, UNetTrunk):
                 down_block_additional_residuals: Sequence[Tensor] | None = None,
                 mid_block_additional_residual: Tensor | None = None,
                 down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
-                state: UNetState | None = None, cache: Session | None = None) -> Tensor:
+                state: UNetState | None = None, cache: Session | None = None,
+                hooks: Hooks | None = None) -> Tensor:
         """Predicts noise (or v, or the sample, as the model was trained).
 
         sample: (N, in_channels, H, W), any H and W; returns (N, out_channels, H, W) in the model's dtype,
@@ -92,7 +94,7 @@ class UNet2DCondition(FromSingleFile, UNetTrunk):
         given; without it they are the arguments of prepare(). attention_mask: (N, H * W) for models with
         transformers at one resolution, 1 keep. down_block_additional_residuals with
         mid_block_additional_residual: ControlNet; the former alone, or down_intrablock_additional_residuals:
-        T2I-Adapter. cache: of this call (ldmfast.caches). Raises ShapeError for sizes that do not fit, LdmfastError
+        T2I-Adapter. cache, hooks: of this call. Raises ShapeError for sizes that do not fit, LdmfastError
         for contradicting arguments.
         """
         self.check_sample(sample)
@@ -110,7 +112,7 @@ class UNet2DCondition(FromSingleFile, UNetTrunk):
                                "give one of the two")
         mask = None if attention_mask is None else mask_bias("attention_mask", attention_mask, len(sample), self.dtype)
         step = state.step(timestep, len(sample), mask)
-        step = step if cache is None else replace(step, cache=cache)
+        step = step if cache is None and hooks is None else replace(step, cache=cache, hooks=hooks)
         controls, adapters = down_block_additional_residuals, down_intrablock_additional_residuals
         if adapters is None and mid_block_additional_residual is None:
             controls, adapters = None, controls  # diffusers' older way to pass T2I-Adapter residuals

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .direct import Direct
 from .gemm import Conv2d, Linear
+from .hooks import Hooks
 from .layers import (
     Attention,
     Downsample,
@@ -45,6 +46,7 @@ class Step:
     prompt_bias: Tensor | None = None
     self_bias: Tensor | None = None
     cache: Session | None = None
+    hooks: Hooks | None = None
 
 
 class TransformerBlock(Direct):
@@ -71,12 +73,18 @@ class TransformerBlock(Direct):
         first = None if attn1.context_dim is None else step.prompts[attn1.slot]
         second = step.prompts[attn2.slot]
         self_bias, prompt_bias = (step.self_bias, step.prompt_bias) if self.masked else (None, None)
+        attend = None
+        if step.hooks is not None:
+            if self.place in step.hooks.skipped:
+                return x
+            attend = None if first is not None else step.hooks.attend.get(self.place)
         if step.cache is None:
-            x = attn1(own["norm1"].into(attn1.entry, x), first, self_bias, x)
+            x = attn1(own["norm1"].into(attn1.entry, x), first, self_bias, x, attend)
             x = attn2(own["norm2"].into(attn2.entry, x), second, prompt_bias, x)
             return ff(own["norm3"].into(ff.entry, x), x)
         kind, delta = "self" if first is None else "cross", step.cache.delta
-        x = delta(kind, (self.place, 1), x, lambda: attn1(own["norm1"].into(attn1.entry, x), first, self_bias, x))
+        x = delta(kind, (self.place, 1), x,
+                  lambda: attn1(own["norm1"].into(attn1.entry, x), first, self_bias, x, attend))
         x = delta("cross", (self.place, 2), x,
                   lambda: attn2(own["norm2"].into(attn2.entry, x), second, prompt_bias, x))
         return delta("mlp", self.place, x, lambda: ff(own["norm3"].into(ff.entry, x), x))
@@ -161,9 +169,16 @@ class _Block(Direct):
             return x
         if self.kind == "cross":
             return attention(x, step)
+        if step.cache is None and step.hooks is None:
+            return attention(x)
+        place, attend = cast(SpatialAttention, attention).place, None
+        if step.hooks is not None:
+            if place in step.hooks.skipped:
+                return x
+            attend = step.hooks.attend.get(place)
         if step.cache is not None:
-            return step.cache.delta("self", cast(SpatialAttention, attention).place, x, lambda: attention(x))
-        return attention(x)
+            return step.cache.delta("self", place, x, lambda: attention(x, attend=attend))
+        return attention(x, attend=attend)
 
     def unit(self, number: int, x: Tensor, step: Step) -> Tensor:
         """One ResNet block with its attention."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from .layers import ResnetBlock, SpatialAttention
+from .segments import number_blocks
 from .unet_blocks import DownBlock, Step, TransformerBlock, UpBlock
 
 if TYPE_CHECKING:
@@ -17,10 +18,7 @@ if TYPE_CHECKING:
 
 def number_segments(model: nn.Module) -> None:
     """Gives every block that a cache may reuse its place in the network."""
-    for kind in (TransformerBlock, SpatialAttention):
-        blocks: Any = (m for m in model.modules() if isinstance(m, kind))
-        for place, block in enumerate(blocks):
-            block.place = place
+    number_blocks(model, TransformerBlock, SpatialAttention)
 
 
 def segments(model: nn.Module) -> tuple[str, ...]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
-from ..caches import Policy, Session
+from ..caches import Policy
 from ..errors import PrecisionError
+from ..guidance import Plan
+from .guided import Guided
 from .lora import Cast
 
 Network = Callable[[torch.Tensor], torch.Tensor]
@@ -69,12 +70,12 @@ def _stack(branches: Sequence[Conditions]) -> dict[str, Any]:
     return kwargs
 
 
-class Denoiser:
-    """Callable (x, t, stage) -> prediction, or (uncond, cond) when there are two branches.
+class Denoiser(Guided):
+    """Callable (x, t, stage) -> prediction, or one for each of the table's predictions.
 
     one_by_one runs every picture in a forward of its own (its guidance branches together), so that no picture's
     bits depend on what shares the batch, whatever the GEMM library does with other batch sizes. casts: networks (with
-    their adapters) and the pictures that each draws.
+    their adapters) and the pictures that each draws. conditions: of what the plan's branches name.
     extra: (N, c, h, w) channels appended to the network input (9-channel inpainting). cache: policies; ``sessions``
     are their states, one for each group of pictures that share forwards.
     """
@@ -82,88 +83,55 @@ class Denoiser:
     def __init__(
         self,
         casts: Sequence[Cast],
-        branches: Sequence[Conditions],
+        conditions: Mapping[str, Conditions],
         times: Sequence[float],
+        plan: Plan,
         *,
         one_by_one: bool,
         extra: torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
-        guidance_rescale: float = 0.0,
         cache: Sequence[Policy] = (),
     ) -> None:
-        self.dtype = next(casts[0].unet.parameters()).dtype
-        self.branches = len(branches)
-        config = casts[0].unet.config  # networks that learn the variance, too, give it behind their prediction
+        self.unet, self.casts, self.extra = casts[0].unet, len(casts), extra
+        self.dtype = next(self.unet.parameters()).dtype
+        config = self.unet.config  # networks that learn the variance, too, give it behind their prediction
         self.channels = config.in_channels if config.out_channels == 2 * config.in_channels else None
-        self.guidance_scale = guidance_scale
-        self.guidance_rescale = guidance_rescale
-        self.extra = extra
-        self.unet = casts[0].unet
-        self.casts = len(casts)
         device = next(self.unet.parameters()).device
         groups = [(c.unet, rows) for c in casts for rows in ([[i] for i in c.pictures] if one_by_one else [c.pictures])]
         order = [i for _, rows in groups for i in rows]
         self.back = None if order == sorted(order) else torch.tensor(order).argsort().to(device)
-        self.unets = [unet for unet, _ in groups]
-        self.groups = [_index(rows, device) for _, rows in groups]
-        distinct = list(dict.fromkeys(float(t) for t in times))
-        self.states = [unet.prepare(distinct, **_stack([b.rows(rows) for b in branches])) for unet, rows in groups]
-        self.sessions = [Session.of(cache, unet, times) for unet in self.unets]
-        # of the conditional branch alone, where a cache ends guidance
-        self.alone = [None if s is None or not 0 < s.single_from < len(times) or len(branches) == 1 else
-                      unet.prepare(distinct, **_stack([branches[-1].rows(rows)]))
-                      for s, (unet, rows) in zip(self.sessions, groups)]
+
+        def prepare(unet: Any, names: Sequence[str], group: int, times: list[float]) -> Any:
+            return unet.prepare(times, **_stack([conditions[name].rows(groups[group][1]) for name in names]))
+
+        super().__init__(plan, [unet for unet, _ in groups], [_index(rows, device) for _, rows in groups], times,
+                         prepare, cache)
 
     def row(self, t: float) -> int:
         """The number of a timestep in the states."""
         return int(self.states[0].numbers[float(t)])
 
-    def __call__(self, x: torch.Tensor, t: float, stage: int) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        return self.predict(x, self.extra, [partial(self._network, i, t, stage) for i in range(len(self.unets))])
+    def __call__(self, x: torch.Tensor, t: float, stage: int) -> Any:
+        return self.evaluate(x, self._shown(x, self.extra), t, stage)
 
-    def _network(self, group: int, t: float, stage: int, rows: torch.Tensor) -> torch.Tensor:
-        unet, state, session = self.unets[group], self.states[group], self.sessions[group]
-        if session is None:
-            return unet(rows, timestep=t, state=state)
-        if self.alone[group] is not None and session.single(stage):
-            state = self.alone[group]
-        return session.evaluate(partial(unet, timestep=t, state=state, cache=session), rows, stage, self.branches)
+    def predict(self, x: torch.Tensor, extra: torch.Tensor | None, networks: Sequence[Network]) -> Any:
+        """Of a steady plan. networks: the UNet of each group of pictures, its time and conditions filled in."""
+        outs = self.batch(self._shown(x, extra), self.branches, networks)
+        return self.plan.outputs(dict(zip(self.plan.branches, outs)), 0, x, {})
 
-    def predict(self, x: torch.Tensor, extra: torch.Tensor | None, networks: Sequence[Network]
-                ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """networks: the UNet of each group of pictures, its time and conditions filled in."""
-        if extra is not None:
-            x = torch.cat([x, extra.to(x.dtype)], dim=1)
-        x = x.to(self.dtype)
-        parts: list[tuple[torch.Tensor, ...]] = []
-        for group, network in zip(self.groups, networks):
-            rows = torch.cat([x[group]] * self.branches)
-            parts.append(network(rows)[:, :self.channels].chunk(self.branches))  # without a learned variance
-        outs = tuple(p[0] if len(parts) == 1 else torch.cat(p) for p in zip(*parts))
-        if self.back is not None:
-            outs = tuple(out[self.back] for out in outs)
-        if len(outs) == 1:
-            return outs[0]
-        if self.guidance_rescale > 0:
-            return rescaled_guidance(outs[0], outs[1], self.guidance_scale, self.guidance_rescale)
-        return outs
+    def _shown(self, x: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
+        return (x if extra is None else torch.cat([x, extra.to(x.dtype)], dim=1)).to(self.dtype)
+
+    def trimmed(self, y: torch.Tensor) -> torch.Tensor:
+        return y[:, :self.channels]
+
+    def ordered(self, y: torch.Tensor) -> torch.Tensor:
+        return y if self.back is None else y[self.back]
 
 
 def _index(rows: list[int], device: torch.device) -> slice | torch.Tensor:
     """What picks these rows of a tensor without a copy from the host."""
     first, last = rows[0], rows[-1] + 1
     return slice(first, last) if rows == list(range(first, last)) else torch.tensor(rows, device=device)
-
-
-def rescaled_guidance(uncond: torch.Tensor, cond: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
-    """Classifier-free guidance whose standard deviation a picture is pulled to the conditional prediction's
-    (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", eq. 15-16). Not linear in the
-    predictions, so it cannot be folded into a step table."""
-    uncond, cond = uncond.float(), cond.float()
-    guided = uncond + scale * (cond - uncond)
-    dims = list(range(1, cond.ndim))
-    matched = guided * (cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True))
-    return rescale * matched + (1 - rescale) * guided
 
 
 def guidance_embedding(scale: float, pictures: int, dim: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..caches import Policy
 from ..errors import LdmfastError
+from ..guidance import Guidance
 from ..samplers import StepTable, make_table
 from .inputs import GeneratorLike, prepare_image, prepare_mask, repeat_to
 from .joint import JointPipeline, JointRequest, number_of_steps, scale_of
@@ -127,10 +128,12 @@ class FluxPipeline(JointPipeline):
         max_sequence_length: int = 512,
         solver: str | None = None,
         cache: Policy | Sequence[Policy] | None = None,
+        guidance: Guidance | Sequence[Guidance] | None = None,
         progress: bool = True,
     ) -> PipelineOutput | tuple[Any, None]:
         """Generate pictures; names, meanings and defaults are diffusers' (28 steps, guidance 3.5), but for
-        ``generator``, ``solver`` (default: the checkpoint's), ``cache`` and ``progress``, which are as in Pipeline.
+        ``generator``, ``solver`` (default: the checkpoint's), ``cache``, ``guidance`` (of the scale
+        true_cfg_scale) and ``progress``, which are as in Pipeline.
 
         guidance_scale: what a guidance-distilled network (dev) is told; nothing to others. true_cfg_scale above 1 with
         a negative prompt: classifier-free guidance, twice the work. prompt_2: for T5, if another text. latents, and
@@ -158,7 +161,7 @@ class FluxPipeline(JointPipeline):
             return make_table(self.schedule, solver or self.loaded.defaults.get("solver"), sigmas=given,
                               image_seq_len=tokens)
 
-        request = self.resolve(a, scale if guided else 1.0, guided, table)
+        request = self.resolve(a, scale if guided or guidance is not None else 1.0, guided, table)
         result = self.run(replace(request, pixels=self._pixels(pictures, request)))
         return result if return_dict else (result.images, None)
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from .. import __version__
-from ..caches import CacheReport, Policy, Session, check_cache, from_settings, repeatable
+from ..caches import CacheReport, Policy, check_cache, from_settings, repeatable
 from ..errors import LdmfastError, ShapeError
+from ..guidance import UNCOND, Guidance, Plan, check_guidance
+from ..guidance import Call as Steps
+from ..guidance import from_settings as guidance_from
+from ..guidance import repeatable as all_plain
 from ..samplers import StepTable
+from .guided import Guided
 from .inputs import RandomSource, check_inputs_of_callback, check_lists, check_size, random_source
 from .output import PipelineOutput, to_output
 from .pipeline import Pipeline
 from .repeat import check_settings
-from .request import OUTPUT_TYPES, number, texts_of, whole
+from .request import OUTPUT_TYPES, check_suits, number, settle, texts_of, whole
 from .run import decode, explain_not_finite, fits_memory, sample_latents
 from .t5_text import T5Encoder, check_limit
 from .text import PromptEmbeds, TextEncoder
@@ -50,7 +54,8 @@ class JointRequest:
     max_sequence_length: int
     callback: Callable[..., Any] | None
     progress: bool
-    skip_layers: tuple[int, ...] = ()
+    plan: Plan
+    guidance: tuple[Guidance, ...] = ()
     cache: tuple[Policy, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
     pixels: dict[str, Tensor] = field(default_factory=dict)
@@ -119,9 +124,10 @@ class JointPipeline(Pipeline):
         """More arguments of the network's prepare(), for that many rows and text tokens."""
         return {}
 
-    def resolve(self, a: dict[str, Any], scale: float, guided: bool, table: Callable[[int, int], StepTable],
-                skip_layers: Sequence[int] = ()) -> JointRequest:
-        """Checks what the families have in common. scale: of classifier-free guidance. table: of a size in pixels."""
+    def resolve(self, a: dict[str, Any], scale: float, implied: bool, table: Callable[[int, int], StepTable],
+                more: Sequence[Guidance] = ()) -> JointRequest:
+        """Checks what the families have in common. scale: of classifier-free guidance, which there is if it is implied
+        or asked for. table: of a size in pixels. more: guidance that other arguments say."""
         if a["output_type"] not in OUTPUT_TYPES:
             raise LdmfastError(f"output_type={a['output_type']!r} is unknown: use one of {', '.join(OUTPUT_TYPES)}")
         check_inputs_of_callback(a["callback_on_step_end_tensor_inputs"])
@@ -130,11 +136,14 @@ class JointPipeline(Pipeline):
             whole("clip_skip", a["clip_skip"], 0)
         per_prompt = whole("num_images_per_prompt", a["num_images_per_prompt"], 1)
         texts, embeds, count = self._prompts(a)
-        negative_texts = negative_embeds = None
-        if guided:
-            negative_texts, negative_embeds = self._negatives(a, count, embeds)
         height, width = (self.default_size if a[k] is None else a[k] for k in ("height", "width"))
         check_size(height, width, self.multiple)
+        guidance = (*settle(a["guidance"], scale, implied), *more)
+        check_suits(self.unet, guidance, True, False)
+        plan = Plan.of(guidance, Steps.of(self.schedule, table(int(height), int(width)), scale))
+        negative_texts = negative_embeds = None
+        if UNCOND in plan.branches:
+            negative_texts, negative_embeds = self._negatives(a, count, embeds)
         shape, latents = self.latents_shape(count * per_prompt, height, width), a["latents"]
         if latents is not None and (not isinstance(latents, Tensor) or tuple(latents.shape) != shape):
             found = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
@@ -144,15 +153,13 @@ class JointPipeline(Pipeline):
         length = check_limit(_LONGEST, a["max_sequence_length"])
         if length > _LONGEST:
             raise LdmfastError(f"max_sequence_length={length} is more than {_LONGEST}")
-        steps = table(int(height), int(width))
-        if guided and steps.predictions == ("e",):
-            steps = steps.with_guidance(scale)
+        steps = plan.table()
         kept = {k: a[k] for k in self.kept if a.get(k) is not None}
         return JointRequest(
             texts, negative_texts, embeds, negative_embeds, count * per_prompt, per_prompt, int(height), int(width),
             scale, steps, random_source(a["generator"], count * per_prompt), latents, a["output_type"],
-            a.get("clip_skip"), length, a["callback_on_step_end"], bool(a["progress"]), tuple(skip_layers),
-            check_cache(a["cache"], self.unet, steps.network_times.tolist()),
+            a.get("clip_skip"), length, a["callback_on_step_end"], bool(a["progress"]), plan,
+            check_guidance(a["guidance"]), check_cache(a["cache"], self.unet, steps.network_times.tolist()),
             {**kept, "height": int(height), "width": int(width)})
 
 
@@ -198,36 +205,38 @@ class JointPipeline(Pipeline):
     def run(self, request: JointRequest) -> PipelineOutput:
         """Encode, sample, decode."""
         with torch.inference_mode(), fits_memory(cast(Any, request)):
-            branches = self._branches(request)
+            conditions = self._conditions(request)
             x, beside = self.start(request)
             x, states = x.to(self.device), request.random.states()
             loop: Any = request
-            denoiser: Any = JointDenoiser(self, request, branches, beside)
+            denoiser: Any = JointDenoiser(self, request, conditions, beside)
             latents, cancelled = sample_latents(self, loop, denoiser, x, None)
             if not bool(torch.isfinite(latents).all()):
                 request.random.restore(states)
                 encoders = zip(("", "_2", "_3"), self.loaded.text_encoders)
                 networks = [("vae", self.vae), ("transformer", self.unet),
                             *((f"text_encoder{end}", e.model) for end, e in encoders)]
-                explain_not_finite(self, loop, networks,
-                                   lambda: (cast(Any, JointDenoiser(self, request, self._branches(request), beside)), x,
-                                            None))
+
+                def again() -> Any:
+                    return JointDenoiser(self, request, self._conditions(request), beside), x, None
+
+                explain_not_finite(self, loop, networks, again)
             images: Any = latents
             if request.output_type != "latent":
                 latents = self.unpack(latents, request.height, request.width)
                 images = to_output(decode(self, latents), request.output_type)
         return PipelineOutput(images, self._settings(request), cancelled, report=CacheReport.of(denoiser.sessions))
 
-    def _branches(self, request: JointRequest) -> list[PromptEmbeds]:
-        """[uncond, cond], or [cond] without guidance, one row a picture."""
-        found = []
-        for texts, embeds, clip_skip in ((request.negative_texts, request.negative_embeds, None),
-                                         (request.texts, request.embeds, request.clip_skip)):
+    def _conditions(self, request: JointRequest) -> dict[str, PromptEmbeds]:
+        """By the names that branches of guidance give them, one row a picture."""
+        found = {}
+        for name, texts, embeds, clip_skip in (("uncond", request.negative_texts, request.negative_embeds, None),
+                                               ("cond", request.texts, request.embeds, request.clip_skip)):
             if texts is not None:
                 embeds = self.encode(texts, request.max_sequence_length, clip_skip)
             if embeds is not None:
-                found.append(embeds.repeat(request.per_prompt))
-        shapes = [(tuple(f.states.shape), None if f.pooled is None else tuple(f.pooled.shape)) for f in found]
+                found[name] = embeds.repeat(request.per_prompt)
+        shapes = [(tuple(f.states.shape), None if f.pooled is None else tuple(f.pooled.shape)) for f in found.values()]
         if len(set(shapes)) > 1:
             raise ShapeError(f"the negative prompt's embeddings are {shapes[0]}, the prompt's {shapes[1]}: give both "
                              "as embeddings of one shape, or both as texts")
@@ -244,8 +253,9 @@ class JointPipeline(Pipeline):
             "timesteps": None, "sigmas": None, "guidance_rescale": 0.0, "eta": 0.0, "image": None, "mask_image": None,
             "repeatable": (request.texts is not None and request.negative_embeds is None
                            and request.latents is None and request.callback is None and not request.pixels
-                           and repeatable(request.cache)),
+                           and repeatable(request.cache) and all_plain(request.guidance)),
             "cache": [p.to_dict() for p in request.cache],
+            "guidance": [g.to_dict() for g in request.guidance],
             **request.arguments, "arguments": request.arguments}
         rows = []
         for i in range(request.pictures):
@@ -270,7 +280,8 @@ class JointPipeline(Pipeline):
         texts = {name: [row["texts"][name] for row in rows] for name in rows[0]["texts"]}
         call: Any = self  # the families' arguments are not Pipeline's
         out = call(**settings["arguments"], **texts, generator=[row["seed"] for row in rows], progress=progress,
-                   cache=from_settings(settings.get("cache")))
+                   cache=from_settings(settings.get("cache")),
+                   guidance=guidance_from(settings.get("guidance")))
         assert isinstance(out, PipelineOutput)
         index = settings.get("index", 0) if settings.get("batch") else 0
         return PipelineOutput([out.images[index]], [out.settings[index]], out.cancelled, report=out.report)
@@ -292,66 +303,45 @@ def _given(a: dict[str, Any], prefix: str) -> PromptEmbeds | None:
     return PromptEmbeds(states, pooled)
 
 
-class JointDenoiser:
-    """Callable (x, t, stage) -> prediction, or (uncond, cond[, cond with blocks skipped]) with guidance.
+class JointDenoiser(Guided):
+    """Callable (x, t, stage) -> prediction, or one for each of the table's predictions.
 
     In exact precision every picture has forwards of its own, its guidance branches together."""
 
-    casts, guidance_scale, guidance_rescale = 1, 1.0, 0.0
+    casts = 1
 
-    def __init__(self, pipe: JointPipeline, request: JointRequest, branches: Sequence[PromptEmbeds],
+    def __init__(self, pipe: JointPipeline, request: JointRequest, conditions: Mapping[str, PromptEmbeds],
                  beside: Tensor | None = None) -> None:
-        self.pipe, self.request, self.branches, self.extra = pipe, request, len(branches), beside
+        self.pipe, self.request, self.extra = pipe, request, beside
         self.unet, self.dtype, self.network_time = pipe.unet, pipe.unet.dtype, pipe.network_time
         n = request.pictures
-        self.groups = [slice(i, i + 1) for i in range(n)] if pipe.precision == "exact" else [slice(0, n)]
-        self.states = [self._prepare(branches, group) for group in self.groups]
-        times = [self.pipe.network_time(float(t)) for t in request.table.network_times]
-        self.sessions = [Session.of(request.cache, pipe.unet, times) for _ in self.groups]
-        self.skipping = [self._prepare(branches[-1:], group) for group in self.groups] if request.skip_layers else []
+        groups = [slice(i, i + 1) for i in range(n)] if pipe.precision == "exact" else [slice(0, n)]
 
-    def _prepare(self, branches: Sequence[PromptEmbeds], group: slice) -> Any:
-        times = [self.pipe.network_time(float(t)) for t in self.request.table.network_times]
-        net, device = self.pipe.unet, self.pipe.device
-        states = torch.cat([b.states[group] for b in branches]).to(device, net.dtype)
-        pooled = torch.cat([b.pooled[group] for b in branches if b.pooled is not None]).to(device, net.dtype)
-        more = self.pipe.conditions(self.request, len(states), states.shape[1])
-        return net.prepare(times, states, pooled_projections=pooled, **more)
+        def prepare(net: Any, names: Sequence[str], group: int, times: list[float]) -> Any:
+            rows = [conditions[name][groups[group]] for name in names]
+            states = torch.cat([r.states for r in rows]).to(pipe.device, net.dtype)
+            pooled = torch.cat([r.pooled for r in rows if r.pooled is not None]).to(pipe.device, net.dtype)
+            more = pipe.conditions(request, len(states), states.shape[1])
+            return net.prepare(times, states, pooled_projections=pooled, **more)
 
-    def __call__(self, x: Tensor, t: float, stage: int) -> Tensor | tuple[Tensor | None, ...]:
-        net, time, x = self.unet, self.network_time(float(t)), self._beside(x, self.extra)
-        networks = [partial(self._network, i, time, stage) for i in range(len(self.states))]
-        outs: list[Tensor | None] = self._joined(x, networks)
-        if self.request.skip_layers:
-            reads = bool(self.request.table.needs_prediction[stage][2])
-            outs.append(torch.cat([net(x[g], time, state=s, skip_layers=self.request.skip_layers)
-                                   for g, s in zip(self.groups, self.skipping)]) if reads else None)
-        return cast(Tensor, outs[0]) if len(outs) == 1 else tuple(outs)
+        times = [self.network_time(float(t)) for t in request.table.network_times]
+        super().__init__(request.plan, [pipe.unet] * len(groups), groups, times, prepare, request.cache)
 
-    def _network(self, group: int, time: float, stage: int, rows: Tensor) -> Tensor:
-        state, session = self.states[group], self.sessions[group]
-        if session is None:
-            return cast(Tensor, self.unet(rows, timestep=time, state=state))
-        return session.evaluate(partial(self.unet, timestep=time, state=state, cache=session), rows, stage)
+    def __call__(self, x: Tensor, t: float, stage: int) -> Any:
+        return self.evaluate(x, self._shown(x, self.extra), self.network_time(float(t)), stage)
 
     def row(self, t: float) -> int:
         """The number of a timestep in the states."""
         return int(self.states[0].numbers[self.network_time(float(t))])
 
     @staticmethod
-    def _beside(x: Tensor, extra: Tensor | None) -> Tensor:
+    def _shown(x: Tensor, extra: Tensor | None) -> Tensor:
         return x if extra is None else torch.cat([x, extra.to(x)], dim=-1)
 
-    def predict(self, x: Tensor, extra: Tensor | None, networks: Sequence[Callable[[Tensor], Tensor]]
-                ) -> Tensor | tuple[Tensor, ...]:
-        """networks: that of each group of pictures, its time and conditions filled in."""
-        outs = self._joined(self._beside(x, extra), networks)
-        return outs[0] if len(outs) == 1 else tuple(outs)
-
-    def _joined(self, x: Tensor, networks: Sequence[Callable[[Tensor], Tensor]]) -> list[Any]:
-        parts = [network(torch.cat([x[g]] * self.branches)).chunk(self.branches)
-                 for g, network in zip(self.groups, networks)]
-        return [torch.cat(p) for p in zip(*parts)]
+    def predict(self, x: Tensor, extra: Tensor | None, networks: Sequence[Callable[[Tensor], Tensor]]) -> Any:
+        """Of a steady plan. networks: that of each group of pictures, its time and conditions filled in."""
+        outs = self.batch(self._shown(x, extra), self.branches, networks)
+        return self.plan.outputs(dict(zip(self.plan.branches, outs)), 0, x, {})
 
 
 def number_of_steps(pipe: Pipeline, a: dict[str, Any]) -> int:

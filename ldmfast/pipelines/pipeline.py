@@ -14,6 +14,7 @@ import torch
 from .. import checkpoints
 from ..caches import Policy
 from ..errors import CheckpointError, LdmfastError
+from ..guidance import Guidance
 from ..models import REGISTRY, DiT, FluxTransformer2D, PixArt, SD3Transformer2D
 from .inputs import GeneratorLike
 from .load import ASSETS, Components, load, resolve_device, resolve_precision
@@ -196,6 +197,7 @@ class Pipeline(LoraMethods):
         use_resolution_binning: bool = True,
         loras: Any = None,
         cache: Policy | Sequence[Policy] | None = None,
+        guidance: Guidance | Sequence[Guidance] | None = None,
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
@@ -225,6 +227,8 @@ class Pipeline(LoraMethods):
             these with one for each picture.
         cache: a policy of :mod:`ldmfast.caches`, or several, by which parts of the network's evaluations are reused or
             forecast from earlier ones: faster, another picture. ``report`` of the result says what was left out.
+        guidance: a guidance of :mod:`ldmfast.guidance`, or several. guidance_scale is classifier-free guidance, and the
+            scale of what is given in its place; it stays beside the others.
         prompt_weighting: reads "(word:1.3)", "((word))", "[word]" and BREAK in prompts, and encodes prompts of any
             length in chunks of the text encoder's size, as ComfyUI does (``ldmfast.pipelines.prompt_weights``).
         callback_on_step_end(call, step, timestep, {"latents": x}): may return {"latents": replacement};

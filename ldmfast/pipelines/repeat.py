@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .. import guidance
 from ..caches import from_settings
 from ..errors import LdmfastError
 from .lora import check_loras, weights_of
@@ -70,6 +71,7 @@ def repeat(pipe: Pipeline, settings: dict[str, Any], *, image: Any, mask_image: 
         if settings.get(name) is not None:
             arguments[name] = settings[name]
     arguments["cache"] = from_settings(settings.get("cache"))
+    arguments["guidance"] = guidance.from_settings(settings.get("guidance"))
     out = pipe(**arguments, generator=[row["seed"] for row in rows], progress=progress)
     assert isinstance(out, PipelineOutput)
     index = settings.get("index", 0) if settings.get("batch") else 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ import torch
 
 from ..caches import Policy, check_cache
 from ..errors import LdmfastError, ShapeError
+from ..guidance import CFG, UNCOND, Guidance, Plan, check_guidance
+from ..guidance import Call as Steps
 from ..loras import Choice
 from ..models import DiT, PixArt
 from ..samplers import StepTable, make_table
@@ -72,6 +75,8 @@ class Request:
     progress: bool
     guided: bool
     cache: tuple[Policy, ...]
+    guidance: tuple[Guidance, ...]
+    plan: Plan
 
     @classmethod
     def resolve(cls, pipe: Pipeline, **a: Any) -> Request:
@@ -86,21 +91,21 @@ class Request:
         per_prompt = whole("num_images_per_prompt", a["num_images_per_prompt"], 1)
         default_scale = defaults.get("guidance_scale", 5.0 if len(pipe.loaded.text_encoders) == 2 else 7.5)
         scale = number("guidance_scale", default_scale if a["guidance_scale"] is None else a["guidance_scale"])
-        prompts, negatives, count = _prompts(pipe, a, scale)
+        strength = _strength(a["strength"], mode)
+        rescale = number("guidance_rescale", a["guidance_rescale"])
+        embedded = _config(pipe, "time_cond_proj_dim") is not None
+        conditional = a["prompt"] is not None or a["prompt_embeds"] is not None or isinstance(pipe.unet, DiT)
+        guidance = settle(a["guidance"], scale, scale > 1 and not embedded and conditional, rescale)
+        check_suits(pipe.unet, guidance, conditional, embedded)
+        plan = Plan.of(guidance, Steps.of(pipe.schedule, _table(pipe, a, strength), scale))
+        guided, table = UNCOND in plan.branches, plan.table()
+        prompts, negatives, count = _prompts(pipe, a, guided)
         pictures = count * per_prompt
         asked = height, width = _size(pipe, a, mode)
         if a["use_resolution_binning"] and isinstance(pipe.unet, PixArt):
             height, width = trained_size(pipe.unet.config, height, width)
         check_size(height, width, _multiple(pipe))
         _check_latents(pipe, a["latents"], pictures, height, width)
-        strength = _strength(a["strength"], mode)
-        table = _table(pipe, a, strength)
-        embedded = _config(pipe, "time_cond_proj_dim") is not None
-        conditional = prompts is not None or a["prompt_embeds"] is not None or isinstance(pipe.unet, DiT)
-        guided = scale > 1 and not embedded and conditional
-        rescale = number("guidance_rescale", a["guidance_rescale"])
-        if guided and rescale == 0:
-            table = table.with_guidance(scale)
         size = (height, width)
         return cls(
             mode=mode, prompts=prompts, negative_prompts=negatives if guided else None,
@@ -123,7 +128,32 @@ class Request:
             original_size=a["original_size"] or size, crops_coords_top_left=tuple(a["crops_coords_top_left"]),
             target_size=a["target_size"] or size, callback=a["callback_on_step_end"], progress=bool(a["progress"]),
             cache=check_cache(a["cache"], pipe.unet, table.network_times.tolist()),
+            guidance=check_guidance(a["guidance"]), plan=plan,
         )
+
+
+def settle(given: Any, scale: float, implied: bool, rescale: float = 0.0) -> tuple[Guidance, ...]:
+    """The guidances of a call. implied: guidance_scale says classifier-free guidance, unless one of those given stands
+    in its place. Raises LdmfastError for anything that is not a guidance, or says something twice."""
+    found = check_guidance(given)
+    base = next((g for g in found if g.base), None)
+    if base is None:
+        return (CFG(rescale=rescale), *found) if implied else found
+    if rescale and getattr(base, "rescale", 0.0):
+        raise LdmfastError(f"guidance_rescale={rescale:g} and rescale={getattr(base, 'rescale', 0.0):g} of the "
+                           "guidance were both given; give one of the two")
+    return tuple(dataclasses.replace(g, rescale=rescale) if g is base and rescale else g for g in found)
+
+
+def check_suits(network: Any, guidance: Sequence[Guidance], conditional: bool, embedded: bool) -> None:
+    """Raises LdmfastError for a guidance that this network has no use for."""
+    for one in guidance:
+        if one.base and not conditional:
+            raise LdmfastError(f"{type(one).__name__} needs a condition, and this call has no prompt: leave it out")
+        if one.base and embedded:
+            raise LdmfastError(f"{type(one).__name__}: this network is told its guidance scale as an input: give "
+                               "guidance_scale alone")
+        one.check(network)
 
 
 def _config(pipe: Pipeline, key: str) -> Any:
@@ -168,7 +198,7 @@ def texts_of(name: str, value: Any) -> list[str]:
     return list(texts)
 
 
-def _prompts(pipe: Pipeline, a: dict[str, Any], scale: float) -> tuple[list[str] | None, list[str] | None, int]:
+def _prompts(pipe: Pipeline, a: dict[str, Any], guided: bool) -> tuple[list[str] | None, list[str] | None, int]:
     """(prompts, negative prompts, number of prompts), each prompt with its negative one."""
     prompt, embeds = a["prompt"], a["prompt_embeds"]
     if not pipe.loaded.text_encoders and prompt is not None:
@@ -202,9 +232,9 @@ def _prompts(pipe: Pipeline, a: dict[str, Any], scale: float) -> tuple[list[str]
         if value is not None and not bool(torch.isfinite(value).all()):
             raise LdmfastError(f"{name} holds NaN or infinite values: check how it was made")
     if embeds is not None:
-        _check_masks(pipe, a, scale)
+        _check_masks(pipe, a, guided)
         negative = a["negative_prompt_embeds"]
-        if scale > 1 and negative is None and _config(pipe, "time_cond_proj_dim") is None:
+        if guided and negative is None:
             raise LdmfastError("guidance needs negative_prompt_embeds beside prompt_embeds: give them, "
                                "or guidance_scale=1")
         if negative is not None and negative.shape != embeds.shape:
@@ -239,11 +269,11 @@ def _as_labels(labels: Any) -> torch.Tensor:
         raise LdmfastError(f"class_labels={labels!r} are not numbers: give the number of a class, or a list") from error
 
 
-def _check_masks(pipe: Pipeline, a: dict[str, Any], scale: float) -> None:
+def _check_masks(pipe: Pipeline, a: dict[str, Any], guided: bool) -> None:
     """Of PixArt's prompt embeddings, which come with masks."""
     if not isinstance(pipe.unet, PixArt):
         return
-    for name in ("prompt", "negative_prompt") if scale > 1 else ("prompt",):
+    for name in ("prompt", "negative_prompt") if guided else ("prompt",):
         embeds, mask = a[f"{name}_embeds"], a[f"{name}_attention_mask"]
         if not isinstance(mask, torch.Tensor) or (embeds is not None and mask.shape != embeds.shape[:2]):
             raise ShapeError(f"{name}_embeds need {name}_attention_mask beside them, (prompts, tokens), 1 for "

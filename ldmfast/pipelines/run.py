@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import __version__
+from .. import __version__, guidance
 from ..caches import CacheReport, ParaStep, repeatable
 from ..errors import LdmfastError, ShapeError
 from ..models import DiT, PixArt
@@ -80,11 +80,10 @@ def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
 
     def prepare() -> tuple[Denoiser, torch.Tensor, Blend | None]:
         """The networks with their conditions, starting latents, and the blend of 4-channel inpainting."""
-        branches = _branches(pipe, request, casts)
+        conditions = _conditions(pipe, request, casts)
         x, blend, extra = _start(pipe, request)
         times = request.table.network_times.tolist()
-        denoiser = Denoiser(casts, branches, times, one_by_one=pipe.precision == "exact", extra=extra,
-                            guidance_scale=request.guidance_scale, guidance_rescale=request.guidance_rescale,
+        denoiser = Denoiser(casts, conditions, times, request.plan, one_by_one=pipe.precision == "exact", extra=extra,
                             cache=request.cache)
         return denoiser, x, blend
 
@@ -145,19 +144,19 @@ def _encoded(pipe: Pipeline, request: Request, one: Cast) -> tuple[PromptEmbeds,
     return embeds[:count], None if negatives is None else embeds[count:]
 
 
-def _branches(pipe: Pipeline, request: Request, casts: Sequence[Cast]) -> list[Conditions]:
-    """[uncond, cond], or [cond] without guidance."""
+def _conditions(pipe: Pipeline, request: Request, casts: Sequence[Cast]) -> dict[str, Conditions]:
+    """By the names that branches of guidance give them: "cond", and "uncond" where it is needed."""
     embeds = _embeds(pipe, request, casts)
     config, device, n = pipe.unet.config, pipe.device, request.pictures
     dtype = next(pipe.unet.parameters()).dtype
     labels = None if request.class_labels is None else request.class_labels.to(device)
     dim = getattr(config, "time_cond_proj_dim", None)
-    guidance = None if dim is None else guidance_embedding(request.guidance_scale, n, dim).to(device, dtype)
+    told = None if dim is None else guidance_embedding(request.guidance_scale, n, dim).to(device, dtype)
     if embeds is None and isinstance(pipe.unet, DiT) and labels is not None:
         none = torch.full_like(labels, config.num_embeds_ada_norm)
-        return [Conditions(class_labels=rows) for rows in ((none, labels) if request.guided else (labels,))]
+        return {"uncond": Conditions(class_labels=none), "cond": Conditions(class_labels=labels)}
     if embeds is None:
-        return [Conditions(class_labels=labels, timestep_cond=guidance)]
+        return {"cond": Conditions(class_labels=labels, timestep_cond=told)}
     time_ids = None
     if getattr(config, "addition_embed_type", None) == "text_time":
         ids = (*request.original_size, *request.crops_coords_top_left, *request.target_size)
@@ -167,17 +166,17 @@ def _branches(pipe: Pipeline, request: Request, casts: Sequence[Cast]) -> list[C
         sizes = torch.tensor([request.height, request.width], dtype=dtype, device=device)
         resolution = sizes.expand(n, -1)
         ratio = torch.tensor([request.height / request.width], dtype=dtype, device=device).expand(n, -1)
-    branches = []
-    for rows in (embeds[1], embeds[0]):
+    found = {}
+    for name, rows in (("uncond", embeds[1]), ("cond", embeds[0])):
         if rows is None:
             continue
         pooled = None if rows.pooled is None else rows.pooled.to(device, dtype)
         if time_ids is not None and pooled is None:
             raise LdmfastError("this network also needs pooled_prompt_embeds and negative_pooled_prompt_embeds")
-        branches.append(Conditions(rows.states.to(device, dtype), pooled if time_ids is not None else None,
-                                   time_ids, labels, guidance, None if rows.mask is None else rows.mask.to(device),
-                                   resolution, ratio, None if rows.tokens is None else rows.tokens.to(device)))
-    return branches
+        found[name] = Conditions(rows.states.to(device, dtype), pooled if time_ids is not None else None,
+                                 time_ids, labels, told, None if rows.mask is None else rows.mask.to(device),
+                                 resolution, ratio, None if rows.tokens is None else rows.tokens.to(device))
+    return found
 
 
 def _start(pipe: Pipeline, request: Request) -> tuple[torch.Tensor, Blend | None, torch.Tensor | None]:
@@ -369,8 +368,9 @@ def _settings(pipe: Pipeline, request: Request) -> list[dict[str, Any]]:
         "crops_coords_top_left": list(request.crops_coords_top_left),
         "image": digest(request.image), "mask_image": digest(request.mask_image),
         "repeatable": (request.prompt_embeds is None and request.latents is None and request.callback is None
-                       and repeatable(request.cache)),
+                       and repeatable(request.cache) and guidance.repeatable(request.guidance)),
         "cache": [p.to_dict() for p in request.cache],
+        "guidance": [g.to_dict() for g in request.guidance],
         "vae_tiling": pipe.vae_tiling, "fused_loras": fused_settings(pipe),
     }
     rows = []

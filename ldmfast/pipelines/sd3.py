@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..caches import Policy
 from ..errors import LdmfastError
+from ..guidance import Guidance, SkipLayer
 from ..samplers import StepTable, make_table
 from .inputs import GeneratorLike
 from .joint import JointPipeline, number_of_steps, scale_of
@@ -85,14 +85,15 @@ class StableDiffusion3Pipeline(JointPipeline):
         mu: float | None = None,
         solver: str | None = None,
         cache: Policy | Sequence[Policy] | None = None,
+        guidance: Guidance | Sequence[Guidance] | None = None,
         progress: bool = True,
     ) -> PipelineOutput | tuple[Any, None]:
         """Generate pictures; names, meanings and defaults are diffusers' (28 steps, guidance 7), but for ``generator``,
-        ``solver`` (default: the checkpoint's), ``cache`` and ``progress``, which are as in Pipeline.
+        ``solver`` (default: the checkpoint's), ``cache``, ``guidance`` and ``progress``, which are as in Pipeline.
 
         prompt_2, prompt_3: for the second CLIP encoder and T5, if other texts. latents: (N, C, h, w).
         skip_guidance_layers: blocks left out in a third prediction, from which the result is pushed away by
-        skip_layer_guidance_scale between the fractions start and stop of the steps.
+        skip_layer_guidance_scale between the fractions start and stop of the steps (guidance.SkipLayer).
         Raises LdmfastError and its subclasses with one line, before any heavy work.
         """
         a = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "__class__")}
@@ -107,19 +108,16 @@ class StableDiffusion3Pipeline(JointPipeline):
         def table(height: int, width: int) -> StepTable:
             patches = (height // self.multiple) * (width // self.multiple)
             steps = None if sigmas is not None else number_of_steps(self, a)
-            found = make_table(self.schedule, solver or self.loaded.defaults.get("solver"), steps, sigmas=a["sigmas"],
-                               mu=mu, image_seq_len=patches)
-            return found if not layers else _with_skipping(found, scale, a)
+            return make_table(self.schedule, solver or self.loaded.defaults.get("solver"), steps, sigmas=a["sigmas"],
+                              mu=mu, image_seq_len=patches)
 
-        result = self.run(self.resolve(a, scale, scale > 1, table, layers))
+        result = self.run(self.resolve(a, scale, scale > 1, table, _skipping(layers, a)))
         return result if return_dict else (result.images, None)
 
 
-def _with_skipping(table: StepTable, scale: float, a: dict[str, Any]) -> StepTable:
-    """e = uncond + scale (cond - uncond) + push (cond - skipped), the last between two fractions of the steps."""
-    push = number("skip_layer_guidance_scale", a["skip_layer_guidance_scale"])
-    start, stop = (number(f"skip_layer_guidance_{k}", a[f"skip_layer_guidance_{k}"]) for k in ("start", "stop"))
-    step = np.asarray(table.step_index, dtype=np.float64)
-    on = push * ((step > table.num_steps * start) & (step < table.num_steps * stop))
-    return table.with_predictions(np.stack([np.full_like(on, 1 - scale), scale + on, -on], axis=1),
-                                  ("uncond", "cond", "skipped"))
+def _skipping(layers: tuple[int, ...], a: dict[str, Any]) -> tuple[Guidance, ...]:
+    if not layers:
+        return ()
+    scale, start, stop = (number(f"skip_layer_guidance_{k}", a[f"skip_layer_guidance_{k}"])
+                          for k in ("scale", "start", "stop"))
+    return (SkipLayer(layers=layers, scale=scale, start=min(start, stop), stop=min(stop, 1.0)),)
