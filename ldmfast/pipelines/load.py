@@ -171,8 +171,9 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _defaults(parts: Parts) -> dict[str, Any]:
-    file = Path(parts.path) / "ldmfast.json"
+def read_defaults(folder: Path) -> dict[str, Any]:
+    """The settings that a folder's ldmfast.json recommends; none without one. Raises CheckpointError."""
+    file = folder / "ldmfast.json"
     if not file.is_file():
         return {}
     try:
@@ -183,6 +184,14 @@ def _defaults(parts: Parts) -> dict[str, Any]:
     if not isinstance(values, dict) or not values.keys() <= allowed:
         raise CheckpointError(f"{file}: may only set {', '.join(sorted(allowed))}")
     return values
+
+
+def _few_steps(parts: Parts, schedule: Schedule) -> dict[str, Any]:
+    """A consistency model is no denoiser: its scheduler's own solver, and diffusers' settings of LCM's pipelines."""
+    found: dict[str, Any] = {"solver": schedule.solver} if schedule.solver in ("lcm", "tcd") else {}
+    if str(parts.index.get("_class_name")).startswith("LatentConsistencyModel"):
+        found |= {"num_inference_steps": 4, "guidance_scale": 8.5}
+    return found
 
 
 def _scheduler_config(parts: Parts) -> dict[str, Any]:
@@ -225,6 +234,7 @@ def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device)
             _model(parts, part, dtype, device, Plan(form="fp8") if precision == "fp8" else None))
     upcast = dtype == torch.float16 and parts.config(vae_part).get("force_upcast", False)
     vae = _model(parts, vae_part, torch.float32 if upcast else dtype, device)
-    defaults = _NETWORK_DEFAULTS.get(type(unet).__name__, {}) | _defaults(parts)
+    defaults = _NETWORK_DEFAULTS.get(type(unet).__name__, {}) | _few_steps(parts, schedule)
+    defaults |= read_defaults(Path(parts.path))
     return Components(unet, vae, tuple(encoders), schedule, scheduler_config, parts.index, defaults,
                       fingerprint(parts.path))

@@ -347,8 +347,10 @@ def _table(pipe: Pipeline, a: dict[str, Any], strength: float) -> StepTable:
     explicit = a["timesteps"] is not None or a["sigmas"] is not None
     steps = None if explicit else _steps(pipe, a)
     eta = number("eta", a["eta"])
-    options: dict[str, Any] = {"eta": eta} if eta else {}
-    return make_table(pipe.schedule, _solver(pipe, a), steps, timesteps=a["timesteps"], sigmas=a["sigmas"],
+    solver = _solver(pipe, a)
+    # diffusers' pipelines hand eta on to every scheduler that takes one; 0 is not each one's own default (TCD)
+    options: dict[str, Any] = {"eta": eta} if eta or solver == "tcd" else {}
+    return make_table(pipe.schedule, solver, steps, timesteps=a["timesteps"], sigmas=a["sigmas"],
                       strength=strength, **options)
 
 

@@ -55,6 +55,11 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
         **_K_BETAS, **_CLIP, **_THRESHOLD, **_LEADING, **_ZERO_SNR, "beta_schedule": "scaled_linear",
         "clip_sample": False, "original_inference_steps": 50, "set_alpha_to_one": True,
         "timestep_scaling": 10.0},
+    # its timestep_scaling is read by no line of diffusers'
+    "TCDScheduler": {
+        **_K_BETAS, **_CLIP, **_THRESHOLD, **_LEADING, **_ZERO_SNR, "beta_schedule": "scaled_linear",
+        "clip_sample": False, "original_inference_steps": 50, "set_alpha_to_one": True,
+        "timestep_scaling": 10.0},
     "FlowMatchEulerDiscreteScheduler": {
         **_RESPACE, "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False,
         "base_shift": 0.5,
@@ -72,7 +77,8 @@ CLASS_TO_SOLVER = {
     "LMSDiscreteScheduler": "lms",
     "KDPM2DiscreteScheduler": "dpm2", "KDPM2AncestralDiscreteScheduler": "dpm2_a", "PNDMScheduler": "pndm",
     "DPMSolverMultistepScheduler": "dpmpp_2m", "UniPCMultistepScheduler": "unipc",
-    "DEISMultistepScheduler": "deis", "LCMScheduler": "lcm", "FlowMatchEulerDiscreteScheduler": "flow_euler",
+    "DEISMultistepScheduler": "deis", "LCMScheduler": "lcm", "TCDScheduler": "tcd",
+    "FlowMatchEulerDiscreteScheduler": "flow_euler",
     "FlowMatchHeunDiscreteScheduler": "flow_heun", "DDIMParallelScheduler": "ddim",
     "DDPMParallelScheduler": "ddpm",
 }

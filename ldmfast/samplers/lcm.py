@@ -24,14 +24,7 @@ def lcm(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float] | N
     with fresh noise; the last step does not. The times are a subset of the ``original_inference_steps``
     times of the distillation.
     """
-    if sigmas is not None:
-        raise LdmfastError("lcm: takes timesteps, not sigmas (a consistency model knows its training times "
-                           "only)")
-    n = schedule.num_train_timesteps
-    if timesteps is not None:
-        times = check_list(timesteps, "timesteps", 0, n - 1)
-    else:
-        times = _subset(n, check_steps(steps, schedule), original_inference_steps)
+    times = consistency_times("lcm", schedule, steps, timesteps, sigmas, original_inference_steps)
     alphas = alphas_at(schedule, times)
     b = TableBuilder("lcm", schedule, clips=True)
     for i in range(start, len(times)):
@@ -47,11 +40,20 @@ def lcm(schedule: Schedule, steps: int | None, *, timesteps: Sequence[float] | N
     return b.table(times[start:], [(a**0.5, (1 - a) ** 0.5) for a in alphas[start:]], 1.0, start)
 
 
-def _subset(n: int, steps: int, original: int) -> Array:
+def consistency_times(solver: str, schedule: Schedule, steps: int | None, timesteps: Sequence[float] | None,
+                      sigmas: Sequence[float] | None, original: int) -> Array:
+    """The falling times of a consistency sampler: those given, or ``steps`` of the ``original`` ones of the
+    distillation, evenly. Raises LdmfastError."""
+    if sigmas is not None:
+        raise LdmfastError(f"{solver}: takes timesteps, not sigmas (a consistency model knows its training times "
+                           "only)")
+    n = schedule.num_train_timesteps
+    if timesteps is not None:
+        return check_list(timesteps, "timesteps", 0, n - 1)
+    count = check_steps(steps, schedule)
     if not 1 <= original <= n:
-        raise LdmfastError(f"lcm: original_inference_steps={original} is not in 1..{n}")
-    if steps > original:
-        raise LdmfastError(f"lcm: steps={steps} is more than the {original} original_inference_steps")
+        raise LdmfastError(f"{solver}: original_inference_steps={original} is not in 1..{n}")
+    if count > original:
+        raise LdmfastError(f"{solver}: steps={count} is more than the {original} original_inference_steps")
     trained = (np.arange(1, original + 1) * (n // original) - 1)[::-1]
-    return trained[np.floor(np.linspace(0, original, steps,
-                                        endpoint=False)).astype(np.int64)].astype(np.float64)
+    return trained[np.floor(np.linspace(0, original, count, endpoint=False)).astype(np.int64)].astype(np.float64)

@@ -22,12 +22,13 @@ from .lms import lms
 from .pndm import pndm
 from .schedules import Schedule
 from .step_table import StepTable
+from .tcd import tcd
 from .unipc import unipc
 
 SOLVERS: dict[str, Callable[..., StepTable]] = {
     "ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_a": euler_a, "heun": heun, "lms": lms, "pndm": pndm,
     "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde, "dpmpp_3m_sde": dpmpp_3m_sde, "dpm2": dpm2,
-    "dpm2_a": dpm2_a, "unipc": unipc, "deis": deis, "lcm": lcm, "flow_euler": flow_euler,
+    "dpm2_a": dpm2_a, "unipc": unipc, "deis": deis, "lcm": lcm, "tcd": tcd, "flow_euler": flow_euler,
     "flow_heun": flow_heun,
 }
 """Solver name -> function(schedule, steps, *, timesteps, sigmas, start, its own options) -> StepTable."""

@@ -54,6 +54,7 @@ GRIDS: dict[str, dict[str, list]] = {
                                "respace": [*RESPACED, "flow"], "solver_order": [1, 2, 3],
                                "lower_order_final": [True, False]},
     "LCMScheduler": {"prediction_type": THREE, "clip_sample": [True, False], "timestep_scaling": [10.0, 3.0]},
+    "TCDScheduler": {"prediction_type": THREE, "original_inference_steps": [50, 40]},
     "FlowMatchEulerDiscreteScheduler": {
         "shift": [1.0, 3.0], "respace": RESPACED, "shift_terminal": [None, 0.1], "invert_sigmas": [False, True],
         "stochastic_sampling": [False, True]},
@@ -173,6 +174,7 @@ EXTRA = [
     ("UniPCMultistepScheduler", {**SCALED, "use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 9.0}, 8, {}, {}),
     ("LCMScheduler", {}, None, {"timesteps": [999, 759, 499, 259]}, {}),
     ("LCMScheduler", {"original_inference_steps": 100}, 8, {}, {}),
+    ("TCDScheduler", SCALED, None, {"timesteps": [999, 640, 250, 20, 1]}, {}),
     ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, 8, {"mu": 0.9}, {"mu": 0.9}),
     ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "time_shift_type": "linear"}, 8, {"mu": 1.7},
      {"mu": 1.7}),
@@ -193,6 +195,11 @@ def test_ddim_eta_equals_diffusers(kwargs: dict) -> None:
     assert compare("DDIMScheduler", SCALED, 12, step_kwargs=kwargs, options=kwargs) <= 1e-6
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_tcd_gamma_equals_diffusers(eta: float) -> None:
+    assert compare("TCDScheduler", SCALED, 6, step_kwargs={"eta": eta}, options={"eta": eta}) <= 1e-6
+
+
 @pytest.mark.parametrize("prediction", THREE)
 def test_euler_churn_equals_diffusers(prediction: str) -> None:
     kwargs = {"s_churn": 3.0, "s_tmin": 0.1, "s_tmax": 9.0, "s_noise": 1.01}
@@ -204,7 +211,8 @@ def test_euler_churn_equals_diffusers(prediction: str) -> None:
     ("DDPMScheduler", 1), ("DDIMScheduler", 1), ("EulerDiscreteScheduler", 1), ("HeunDiscreteScheduler", 2),
     ("KDPM2DiscreteScheduler", 2), ("KDPM2AncestralDiscreteScheduler", 2),
     ("DPMSolverMultistepScheduler", 1), ("UniPCMultistepScheduler", 1), ("DEISMultistepScheduler", 1),
-    ("LCMScheduler", 1), ("FlowMatchEulerDiscreteScheduler", 1), ("FlowMatchHeunDiscreteScheduler", 2)])
+    ("LCMScheduler", 1), ("TCDScheduler", 1), ("FlowMatchEulerDiscreteScheduler", 1),
+    ("FlowMatchHeunDiscreteScheduler", 2)])
 def test_started_late_equals_diffusers(name: str, order: int) -> None:
     """Image to image: steps skipped as diffusers' pipelines do it, by set_begin_index(t_start * order)."""
     config = {} if name.startswith("FlowMatch") else dict(SCALED)

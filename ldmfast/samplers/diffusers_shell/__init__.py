@@ -26,6 +26,7 @@ from .single_step import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    TCDScheduler,
 )
 from .two_stage import (
     FlowMatchHeunDiscreteScheduler,
@@ -39,5 +40,5 @@ __all__ = [
     "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SchedulerError",
-    "UniPCMultistepScheduler",
+    "TCDScheduler", "UniPCMultistepScheduler",
 ]

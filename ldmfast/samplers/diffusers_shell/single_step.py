@@ -1,4 +1,4 @@
-"""Euler, ancestral Euler, LCM and flow Euler: one evaluation a step, no memory."""
+"""Euler, ancestral Euler, LCM, TCD and flow Euler: one evaluation a step, no memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncest
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
+from diffusers.schedulers.scheduling_tcd import TCDSchedulerOutput
 from torch import Tensor
 
 from ..registry import make_table
@@ -66,33 +67,49 @@ class EulerAncestralDiscreteScheduler(_Euler, parents.EulerAncestralDiscreteSche
         return self._finish(EulerAncestralDiscreteSchedulerOutput, return_dict, sample, model_output, prev, x0)
 
 
-@shell
-class LCMScheduler(TableScheduler, parents.LCMScheduler):
-    """diffusers' LCMScheduler over ``ldmfast.samplers.lcm``."""
+class _Consistency(TableScheduler):
+    """A step knows the next time of diffusers' list and nothing else: its table is made when it is reached."""
 
     def _begin_run(self, given: dict[str, Any]) -> None:
-        # a step knows the next time of diffusers' list and nothing else: its table is made when it is reached
         self._run, self._levels = {}, (self.timesteps, None)
 
-    def _pair(self, stage: int) -> StepTable:
+    def _jump(self, timestep: Any, sample: Tensor, model_output: Tensor, generator: Any, **options: Any
+              ) -> tuple[Tensor, Tensor]:
+        """The state at the next time, and where the step was before it was noised to there."""
+        stage = self._stage(timestep)
         schedule = self._schedule()
         times = tuple(self.timesteps[stage:stage + 2].tolist())
-        return self._kept(times, lambda: make_table(schedule, None, timesteps=times))
+        table = self._kept((times, *options.items()), lambda: make_table(schedule, None, timesteps=times, **options))
+        noise = draw(model_output, generator) if table.needs_noise[0] else None
+        prev, _, _ = self._advance(table, 0, sample, model_output, noise=noise)
+        self._step_index += 1
+        if noise is None:
+            return prev, prev
+        # x' = a jump + s noise, a^2 + s^2 = 1
+        s = float(table.matrices[0, 0, table.columns.index("noise")])
+        return prev, combine(np.array([1.0, -s]) / np.sqrt(1 - s**2), [prev, noise])
+
+
+@shell
+class LCMScheduler(_Consistency, parents.LCMScheduler):
+    """diffusers' LCMScheduler over ``ldmfast.samplers.lcm``."""
 
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, generator: Any = None,
              return_dict: bool = True) -> LCMSchedulerOutput | tuple:
         """The predicted picture (``denoised``), noised to the next time of the list; the last is not."""
-        stage = self._stage(timestep)
-        table = self._pair(stage)
-        noise = draw(model_output, generator) if table.needs_noise[0] else None
-        prev, _, _ = self._advance(table, 0, sample, model_output, noise=noise)
-        denoised = prev
-        if noise is not None:
-            # x' = a denoised + s noise, a^2 + s^2 = 1
-            s = float(table.matrices[0, 0, table.columns.index("noise")])
-            denoised = combine(np.array([1.0, -s]) / np.sqrt(1 - s**2), [prev, noise])
-        self._step_index += 1
+        prev, denoised = self._jump(timestep, sample, model_output, generator)
         return self._finish(LCMSchedulerOutput, return_dict, sample, model_output, prev, denoised, "denoised")
+
+
+@shell
+class TCDScheduler(_Consistency, parents.TCDScheduler):
+    """diffusers' TCDScheduler over ``ldmfast.samplers.tcd``."""
+
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor, eta: float = 0.3, generator: Any = None,
+             return_dict: bool = True) -> TCDSchedulerOutput | tuple:
+        """A jump along the trajectory (``pred_noised_sample``), noised to the next time; ``eta`` is TCD's gamma."""
+        prev, jumped = self._jump(timestep, sample, model_output, generator, eta=eta)
+        return self._finish(TCDSchedulerOutput, return_dict, sample, model_output, prev, jumped, "pred_noised_sample")
 
 
 @shell
