@@ -14,6 +14,7 @@ from .deepcache import DeepCache
 from .easycache import EasyCache
 from .first_block import FirstBlock
 from .fora import FORA
+from .guard import Guard, GuardUse
 from .magcache import MagCache, residual_ratios
 from .pab import PAB
 from .parastep import ParaStep
@@ -26,10 +27,10 @@ from .teacache import TeaCache
 from .tgate import TGate
 
 POLICIES: dict[str, type[Policy]] = {p.__name__: p for p in (
-    DeepCache, EasyCache, FirstBlock, FORA, MagCache, PAB, ParaStep, PromptKV, TaylorSeer, TeaCache, TGate)}
+    DeepCache, EasyCache, FirstBlock, FORA, Guard, MagCache, PAB, ParaStep, PromptKV, TaylorSeer, TeaCache, TGate)}
 
-__all__ = ["Action", "CacheReport", "Call", "Judge", "POLICIES", "Policy", "Session", "check_cache", "from_settings",
-           "repeatable", "residual_ratios", *POLICIES]
+__all__ = ["Action", "CacheReport", "Call", "GuardUse", "Judge", "POLICIES", "Policy", "Session", "check_cache",
+           "from_settings", "repeatable", "residual_ratios", *POLICIES]
 
 
 def check_cache(cache: Any, network: Any, times: Sequence[float]) -> tuple[Policy, ...]:
@@ -47,7 +48,8 @@ def check_cache(cache: Any, network: Any, times: Sequence[float]) -> tuple[Polic
 
 def repeatable(cache: Sequence[Policy]) -> bool:
     """Whether ``from_settings`` finds these policies again: they are ours, not derived ones."""
-    return all(type(policy) in POLICIES.values() for policy in cache)
+    return all(type(policy) in POLICIES.values() and (not isinstance(policy, Guard) or repeatable([policy.policy]))
+               for policy in cache)
 
 
 def from_settings(rows: Sequence[Mapping[str, Any]] | None) -> tuple[Policy, ...]:

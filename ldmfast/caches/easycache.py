@@ -55,6 +55,7 @@ class _Judge(Judge):
             return True
         moved = float((indicator.float() - before.float()).abs().mean() / self.full[1].float().abs().mean())
         self.sum += self.rate * moved
+        self.value = self.sum
         return not self.sum < self.policy.threshold
 
     def computed(self, step: int, indicator: Tensor, value: Tensor) -> None:

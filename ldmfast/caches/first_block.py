@@ -38,7 +38,8 @@ class _Judge(Judge):
     residual: Tensor
 
     def needed(self, step: int, indicator: Tensor) -> bool:
-        return not relative_change(indicator, self.residual) < self.policy.threshold
+        self.value = relative_change(indicator, self.residual)
+        return not self.value < self.policy.threshold
 
     def computed(self, step: int, indicator: Tensor, value: Tensor) -> None:
         self.residual = indicator

@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from ..errors import LdmfastError
+
+if TYPE_CHECKING:
+    from .guard import GuardUse
 
 
 class Action(Enum):
@@ -43,6 +46,7 @@ class Judge:
     """Decides one kind of segment as the call goes on, from an indicator tensor. One for each session."""
 
     kind: ClassVar[str]
+    value: float = 0.0  # of the indicator: what needed() has just held against the threshold
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
@@ -53,6 +57,13 @@ class Judge:
 
     def computed(self, step: int, indicator: Tensor, value: Tensor) -> None:
         """Told what was computed: the network's output for kind "output", the residual for others."""
+
+    def follow(self, before: Judge) -> None:
+        """Takes over from the judge of the same call's first part, whose tensors had other rows."""
+
+    def use(self) -> GuardUse | None:
+        """What a guard has counted."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

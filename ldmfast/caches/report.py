@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .guard import GuardUse
     from .session import Session
 
 
@@ -18,6 +19,8 @@ class CacheReport:
     computed, reused, forecast: segments by kind, over all groups. decisions: for each group the kinds that were not
     computed, evaluation by evaluation. bytes: the most that was held at once, all groups together.
     critical_path: evaluations one after another if those that do not wait for each other ran at once.
+    guards: what each Guard had as its budget and used of it, group by group. promise: what tuned settings promised of
+    such pictures, None where the call was made without.
     """
 
     policies: tuple[str, ...]
@@ -30,6 +33,13 @@ class CacheReport:
     decisions: tuple[tuple[str, ...], ...]
     bytes: int
     critical_path: int
+    guards: tuple[GuardUse, ...] = ()
+    promise: str | None = None
+
+    @classmethod
+    def plain(cls, steps: int) -> CacheReport:
+        """Of a call without a cache, which counts nothing but its steps."""
+        return cls((), steps, (), (), {}, {}, {}, (), 0, steps)
 
     @classmethod
     def of(cls, given: Sequence[Session | None]) -> CacheReport | None:
@@ -45,4 +55,5 @@ class CacheReport:
                    computed, reused, forecast,
                    tuple(tuple("+".join(sorted(kinds)) for kinds in s.skipped) for s in sessions),
                    sum(s.store.peak for s in sessions),
-                   min(p.critical_path(evaluations) for p in sessions[0].policies))
+                   min(p.critical_path(evaluations) for p in sessions[0].policies),
+                   tuple(use for s in sessions for use in s.guards()))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import LdmfastError
+from .guard import GuardUse
 from .policy import Action, Call, Judge, Policy
 from .store import Store
 
@@ -118,9 +119,14 @@ class Session:
                 self.store.drop(kind)
                 judge = self._policy[kind].judge(self.call)
                 assert judge is not None
+                judge.follow(self._judges[kind])
                 self._judges[kind] = judge
             self.store.map(lambda kind, x: (torch.stack(x.chunk(branches)).mean(0) if kind == "cross" else
                                             x.chunk(branches)[-1].clone()))
+
+    def guards(self) -> list[GuardUse]:
+        """What the guards among the policies have counted."""
+        return [use for judge in self._judges.values() if (use := judge.use()) is not None]
 
     # ---- the network's side
 

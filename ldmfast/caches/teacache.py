@@ -54,6 +54,7 @@ class _Judge(Judge):
         for c in self.policy.coefficients:
             moved = moved * change + c
         self.sum += moved
+        self.value = self.sum
         return step >= self.last or self.policy.threshold == 0 or not self.sum < self.policy.threshold
 
     def computed(self, step: int, indicator: Tensor, value: Tensor) -> None:

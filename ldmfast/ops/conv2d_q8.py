@@ -114,10 +114,12 @@ def cases() -> Iterator[Case]:
     yield case("sliced", "view", make(1, 6, 5, 4, out=7, layout="slice"))
     yield case("no_batch", "empty", make(0, 8, 4, 4, out=5))
     yield case("numbers_sd15_64x64", "network channels_last big", make(2, 320, 64, 64, out=320, codes=False))
-    yield case("numbers_tokens", "network channels_last big", make(1, 1280, 2048, 1, out=320, kernel=1, padding=0, codes=False))
+    yield case("numbers_tokens", "network channels_last big", make(1, 1280, 2048, 1, out=320, kernel=1, padding=0,
+                                                                 codes=False))
     yield case("numbers", "channels_last", make(2, 70, 7, 9, out=33, codes=False))
     yield case("numbers_pointwise", "channels_last", make(3, 37, 7, 5, out=33, kernel=1, padding=0, codes=False))
-    yield case("numbers_strided", "", make(2, 19, 13, 37, out=8, stride=2, residual=False, layout="contiguous", codes=False))
+    yield case("numbers_strided", "", make(2, 19, 13, 37, out=8, stride=2, residual=False, layout="contiguous",
+                                           codes=False))
     yield case("numbers_upsampled", "channels_last", make(2, 70, 7, 9, out=8, upsample=True, bias=False, codes=False))
     yield case("numbers_sliced", "view", make(1, 6, 5, 4, out=7, layout="slice", codes=False))
     yield case("numbers_no_batch", "empty", make(0, 8, 4, 4, out=5, codes=False))
@@ -168,7 +170,7 @@ def conv2d_q8(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, weight
     """
     if scale is None or zero_point is None:
         if not x.is_floating_point() or scale is not zero_point:
-            raise ShapeError(f"conv2d_q8: x is {x.dtype}; codes need their scale and zero_point, floating numbers neither")
+            raise ShapeError(f"conv2d_q8: x is {x.dtype}; codes need their scale and zero_point, numbers neither")
         check_weight_codes("conv2d_q8", weight_scale, weight_sums, out_channels)
     else:
         check_codes("conv2d_q8", x, scale, zero_point, weight_scale, weight_sums, out_channels)

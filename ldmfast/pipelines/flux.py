@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from .output import PipelineOutput
 from .request import number
 from .run import encode
 from .text import PromptEmbeds, tokenize
+
+if TYPE_CHECKING:
+    from ..tuning import Settings
 
 
 class FluxPipeline(JointPipeline):
@@ -129,11 +132,12 @@ class FluxPipeline(JointPipeline):
         solver: str | None = None,
         cache: Policy | Sequence[Policy] | None = None,
         guidance: Guidance | Sequence[Guidance] | None = None,
+        settings: Settings | str | None = None,
         progress: bool = True,
     ) -> PipelineOutput | tuple[Any, None]:
         """Generate pictures; names, meanings and defaults are diffusers' (28 steps, guidance 3.5), but for
         ``generator``, ``solver`` (default: the checkpoint's), ``cache``, ``guidance`` (of the scale
-        true_cfg_scale) and ``progress``, which are as in Pipeline.
+        true_cfg_scale), ``settings`` and ``progress``, which are as in Pipeline.
 
         guidance_scale: what a guidance-distilled network (dev) is told; nothing to others. true_cfg_scale above 1 with
         a negative prompt: classifier-free guidance, twice the work. prompt_2: for T5, if another text. latents, and
@@ -141,7 +145,9 @@ class FluxPipeline(JointPipeline):
         50 steps and guidance 30 if not given. control_image: for Depth and Canny.
         Raises LdmfastError and its subclasses with one line, before any heavy work.
         """
-        a = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "__class__")}
+        a = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "settings", "__class__")}
+        if settings is not None:
+            return self._with_settings(settings, a, return_dict)
         pictures = {name: a.pop(name) for name in ("image", "mask_image", "control_image")}
         self._check_pictures(pictures)
         fill = "mask_image" in self.takes

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -79,10 +81,17 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], settings: dict[st
     info = PngImagePlugin.PngInfo()
     if settings is not None:
         info.add_itxt(_KEY, json.dumps(settings, sort_keys=True, ensure_ascii=False, default=_plain))
-    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".png.part")
+    with replacing(target) as file:
+        image.save(file, format="PNG", pnginfo=info)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[IO[bytes]]:
+    """A file to write to under a temporary name beside ``target``, which it becomes when it is whole."""
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=f"{target.suffix}.part")
     try:
         with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
+            yield file
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)

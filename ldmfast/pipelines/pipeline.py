@@ -25,6 +25,7 @@ from .run import run
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from ..tuning import Judge, Report, Settings
 
 TINY = {"unet": "tiny", "dit": "tiny-dit"}  # shipped networks and what the command line calls them
 
@@ -56,6 +57,9 @@ class Pipeline(LoraMethods):
         self.vae_tiling = False
         self._changing = threading.Lock()  # of ``loaded``, which is replaced as a whole
         self.engine: Engine | None = _engine(device)
+        self.reopen: Callable[[str], Pipeline] | None = None  # the same model in another precision
+        self.siblings: dict[str, Pipeline] = {}  # so opened, for settings that ask for them
+        self.tuned: dict[str, Settings] = {}  # "settings": of the last tune
 
     @classmethod
     def from_pretrained(
@@ -78,7 +82,9 @@ class Pipeline(LoraMethods):
         where = resolve_device(device)
         name, kind = resolve_precision(precision, dtype, where)
         parts = checkpoints.open_folder(Path(path), variant=variant)
-        return family(parts, cls)(load(parts, name, kind, where), precision=name, device=where, source=str(path))
+        pipe = family(parts, cls)(load(parts, name, kind, where), precision=name, device=where, source=str(path))
+        pipe.reopen = lambda p: cls.from_pretrained(path, device=device, precision=p, variant=variant)
+        return pipe
 
     @classmethod
     def from_single_file(
@@ -100,7 +106,9 @@ class Pipeline(LoraMethods):
             network = REGISTRY[parts.class_name("transformer")][1].__name__
             raise CheckpointError(f"{path}: holds a {network} without the text side of a pipeline; open the model's "
                                   f"diffusers folder, or the network alone with models.{network}.from_single_file")
-        return family(parts, cls)(load(parts, name, kind, where), precision=name, device=where, source=str(path))
+        pipe = family(parts, cls)(load(parts, name, kind, where), precision=name, device=where, source=str(path))
+        pipe.reopen = lambda p: cls.from_single_file(path, device=device, precision=p, prediction_type=prediction_type)
+        return pipe
 
     @classmethod
     def tiny(
@@ -198,6 +206,7 @@ class Pipeline(LoraMethods):
         loras: Any = None,
         cache: Policy | Sequence[Policy] | None = None,
         guidance: Guidance | Sequence[Guidance] | None = None,
+        settings: Settings | str | None = None,
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
@@ -229,6 +238,8 @@ class Pipeline(LoraMethods):
             forecast from earlier ones: faster, another picture. ``report`` of the result says what was left out.
         guidance: a guidance of :mod:`ldmfast.guidance`, or several. guidance_scale is classifier-free guidance, and the
             scale of what is given in its place; it stays beside the others.
+        settings: a :class:`ldmfast.tuning.Settings`, or "auto" for those kept beside the model, in place of
+            the arguments that they set; ``report`` says what they promise.
         prompt_weighting: reads "(word:1.3)", "((word))", "[word]" and BREAK in prompts, and encodes prompts of any
             length in chunks of the text encoder's size, as ComfyUI does (``ldmfast.pipelines.prompt_weights``).
         callback_on_step_end(call, step, timestep, {"latents": x}): may return {"latents": replacement};
@@ -236,10 +247,28 @@ class Pipeline(LoraMethods):
         Raises LdmfastError and its subclasses with one line, before any heavy work; PrecisionError when numbers
         become NaN or infinite on the way.
         """
-        arguments = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "__class__")}
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "settings", "__class__")}
+        if settings is not None:
+            return self._with_settings(settings, arguments, return_dict)
         pipe = copy.copy(self)  # other threads may swap adapters: this call keeps what is there now
         result = run(pipe, Request.resolve(pipe, **arguments))
         return result if return_dict else (result.images, None)
+
+    def _with_settings(self, settings: Any, arguments: dict[str, Any], return_dict: bool
+                       ) -> PipelineOutput | tuple[Any, None]:
+        from ..tuning.settings import draw
+
+        out = draw(self, settings, arguments)
+        return out if return_dict else (out.images, None)
+
+    def certify(self, prompts: Sequence[str], settings: Settings | str = "auto", *,
+                seeds: Sequence[int] | int = 0, reference: Settings | None = None, judge: Judge | None = None,
+                batch: int = 1, progress: bool = True, **call: Any) -> Report:
+        """What ``settings`` change and save, measured on these prompts: :func:`ldmfast.tuning.certify`."""
+        from ..tuning import certify
+
+        return certify(self, prompts, settings, seeds=seeds, reference=reference, judge=judge, batch=batch,
+                       progress=progress, **call)
 
     def repeat(self, settings: dict[str, Any], *, image: Any = None, mask_image: Any = None,
                progress: bool = True) -> PipelineOutput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from .joint import JointPipeline, number_of_steps, scale_of
 from .output import PipelineOutput
 from .request import number
 from .text import PromptEmbeds, encode_prompts
+
+if TYPE_CHECKING:
+    from ..tuning import Settings
 
 
 class StableDiffusion3Pipeline(JointPipeline):
@@ -86,17 +89,21 @@ class StableDiffusion3Pipeline(JointPipeline):
         solver: str | None = None,
         cache: Policy | Sequence[Policy] | None = None,
         guidance: Guidance | Sequence[Guidance] | None = None,
+        settings: Settings | str | None = None,
         progress: bool = True,
     ) -> PipelineOutput | tuple[Any, None]:
         """Generate pictures; names, meanings and defaults are diffusers' (28 steps, guidance 7), but for ``generator``,
-        ``solver`` (default: the checkpoint's), ``cache``, ``guidance`` and ``progress``, which are as in Pipeline.
+        ``solver`` (default: the checkpoint's), ``cache``, ``guidance``, ``settings`` and ``progress``, which
+        are as in Pipeline.
 
         prompt_2, prompt_3: for the second CLIP encoder and T5, if other texts. latents: (N, C, h, w).
         skip_guidance_layers: blocks left out in a third prediction, from which the result is pushed away by
         skip_layer_guidance_scale between the fractions start and stop of the steps (guidance.SkipLayer).
         Raises LdmfastError and its subclasses with one line, before any heavy work.
         """
-        a = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "__class__")}
+        a = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "settings", "__class__")}
+        if settings is not None:
+            return self._with_settings(settings, a, return_dict)
         scale = scale_of(self, a, 7.0)
         if skip_guidance_layers is not None and not isinstance(skip_guidance_layers, Sequence):
             raise LdmfastError(f"skip_guidance_layers={skip_guidance_layers!r} is not a list of numbers of blocks")
