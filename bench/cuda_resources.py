@@ -146,7 +146,8 @@ def catch(launch: Callable[[], Any]) -> list[Launch]:
 
 
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-            torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8"}
+            torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
+            torch.float8_e4m3fn: "*fp8e4nv"}
 
 
 def _specialise(value: Any, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
@@ -220,14 +221,27 @@ def triton_calls() -> Iterator[tuple[str, str, tuple]]:
     yield "attention", "d40 fp32", attention_arguments(4096, 4096, 8, 40, torch.float32)
     yield "attention", "d160 fp32", attention_arguments(256, 256, 8, 160, torch.float32)
     yield "attention", "d512 fp32", attention_arguments(4096, 4096, 1, 512, torch.float32)
+    for depth, tokens, heads in ((40, 4096, 8), (64, 4096, 10), (80, 1024, 8), (128, 4096, 24), (160, 256, 8)):
+        q, k, v, _, *rest = attention_arguments(tokens, tokens, heads, depth)
+        yield "attention_fp8", f"d{depth}", (q, k, v, *rest)
     c = [meta(c) for c in (320, 1280, 512)]
     yield "group_norm_silu", "one pass", (meta(2, 1280, 16, 16, last=True), meta(2, 1280), 32, c[1], c[1], 1e-5, True)
     yield "group_norm_silu", "split", (meta(2, 320, 64, 64, last=True), meta(2, 320), 32, c[0], c[0], 1e-5, True)
     yield "group_norm_silu", "split vae fp32", (meta(1, 512, 512, 512, dtype=torch.float32, last=True), None, 32,
                                                c[2], c[2], 1e-6, True)
     yield "group_norm_silu", "split nchw", (meta(2, 320, 64, 64), None, 32, c[0], c[0], 1e-5, True)
+    code_scale = meta(1, dtype=torch.float32)
+    yield "group_norm_silu_fp8", "one pass", (meta(2, 1280, 16, 16, last=True), meta(2, 1280), 32, c[1], c[1], 1e-5, True,
+                                              code_scale)
+    yield "group_norm_silu_fp8", "split", (meta(2, 320, 64, 64, last=True), meta(2, 320), 32, c[0], c[0], 1e-5, True,
+                                           code_scale)
     yield "layer_norm_modulate", "c1280", (meta(2, 256, 1280), None, None, c[1], c[1], 1e-5)
     yield "layer_norm_modulate", "c1152 modulated", (meta(2, 256, 1152), meta(2, 1152), meta(2, 1152), None, None, 1e-6)
+    yield "layer_norm_modulate_rows", "fp8 c1280", (meta(2, 256, 1280), None, None, c[1], c[1], 1e-5, True)
+    yield "layer_norm_modulate_rows", "int8 c3072", (meta(1, 4608, 3072), meta(1, 3072), meta(1, 3072), None, None, 1e-6,
+                                                     False)
+    yield "geglu_rows", "fp8 c1280", (meta(2, 4096, 2560), True)
+    yield "geglu_rows", "fp8 c5120", (meta(2, 1024, 10240), True)
     yield "geglu", "c1280", (meta(2, 4096, 2560),)
     yield "geglu_tanh", "c10240", (meta(1, 512, 20480),)
     yield "swiglu", "c3072", (meta(1, 256, 6144),)
@@ -255,6 +269,9 @@ def triton_calls() -> Iterator[tuple[str, str, tuple]]:
 
 
 def triton_resources(op: str, name: str, arguments: tuple, arch: int) -> list[Resources]:
+    """Nothing where the op does not run on that chip."""
+    if op == "attention_fp8" and arch < 89:
+        return []
     module = importlib.import_module(f"ldmfast.kernels.{op}")
     asked = getattr(module, "shared_memory", None)
     if asked is not None:

@@ -1,4 +1,4 @@
-"""out[r, d] = x[r, d] * activation(x[r, D + d]): what geglu, geglu_tanh and swiglu share."""
+"""out[r, d] = x[r, d] * activation(x[r, D + d]): what geglu, geglu_rows, geglu_tanh and swiglu share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import accumulator, power_of_two, rows
+from ._row_codes import codes, magnitude, scale_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,22 @@ class Config:
 def heuristic(columns: int) -> Config:
     block = min(power_of_two(columns), 1024)  # 4 warps x 8 elements of 16 bits: one 16-byte load a thread and half
     return Config(max(1, 1024 // block), block, 4)  # narrow rows share a program, or most lanes would idle
+
+
+def heuristic_rows(columns: int) -> Config:
+    block = min(power_of_two(columns), 8192)  # 16 warps x 16 numbers a thread; wider rows are walked in pieces
+    together = max(1, 512 // block)  # narrow rows share a program, or most lanes would idle
+    return Config(together, block, min(16, max(1, block * together // 512)))
+
+
+@triton.jit
+def _gate(value, gate, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        return value * (0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)))
+    elif ACTIVATION == "gelu_tanh":
+        return value * (gate / (1 + tl.exp(gate * (gate * gate * -0.07135481627260025 - 1.5957691216057308))))
+    else:
+        return value * (gate / (1 + tl.exp(-gate)))
 
 
 @triton.jit
@@ -39,13 +56,39 @@ def kernel(x, out, num_rows, columns, stride, tiles, ACTIVATION: tl.constexpr, B
     source = x + row[:, None] * stride + column[None, :]
     value = tl.load(source, mask, other=0).to(ACC)
     gate = tl.load(source + columns, mask, other=0).to(ACC)
-    if ACTIVATION == "gelu":
-        result = value * (0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)))
-    elif ACTIVATION == "gelu_tanh":
-        result = value * (gate / (1 + tl.exp(gate * (gate * gate * -0.07135481627260025 - 1.5957691216057308))))
-    else:
-        result = value * (gate / (1 + tl.exp(-gate)))
+    result = _gate(value, gate, ACTIVATION)
     tl.store(out + row[:, None] * columns + column[None, :], result.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def rows_kernel(x, q, scales, num_rows, columns, stride, FP8: tl.constexpr, ACTIVATION: tl.constexpr,
+                BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, FITS: tl.constexpr, ACC: tl.constexpr):
+    """x as above; q: bytes of the codes of its result, dense; scales: (num_rows,) fp32. FITS: a row is at most BLOCK_C
+    wide and stays in registers; otherwise it is read and computed twice."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_C)
+    here = (row < num_rows)[:, None]
+    source = x + row[:, None] * stride + c[None, :]
+    target = q + row[:, None] * columns + c[None, :]
+    if FITS:
+        mask = here & (c < columns)[None, :]
+        y = _gate(tl.load(source, mask, other=0).to(ACC), tl.load(source + columns, mask, other=0).to(ACC), ACTIVATION)
+        scale = scale_of(tl.max(magnitude(y), 1), FP8)
+        tl.store(target, codes(y, scale, FP8), mask)
+    else:
+        top = tl.zeros([BLOCK_R, BLOCK_C], ACC)
+        for start in range(0, columns, BLOCK_C):
+            mask = here & (start + c < columns)[None, :]
+            y = _gate(tl.load(source + start, mask, other=0).to(ACC),
+                      tl.load(source + start + columns, mask, other=0).to(ACC), ACTIVATION)
+            top = tl.maximum(top, magnitude(y))
+        scale = scale_of(tl.max(top, 1), FP8)
+        for start in range(0, columns, BLOCK_C):
+            mask = here & (start + c < columns)[None, :]
+            y = _gate(tl.load(source + start, mask, other=0).to(ACC),
+                      tl.load(source + start + columns, mask, other=0).to(ACC), ACTIVATION)
+            tl.store(target + start, codes(y, scale, FP8), mask)
+    tl.store(scales + row, scale, row < num_rows)
 
 
 def gated(x: Tensor, activation: str, config: Config | None) -> Tensor:
@@ -63,3 +106,21 @@ def gated(x: Tensor, activation: str, config: Config | None) -> Tensor:
         kernel[grid](x, out, num_rows, columns, stride, tiles, ACTIVATION=activation, BLOCK_R=config.block_rows,
                      BLOCK_C=config.block_columns, ACC=accumulator(x), num_warps=config.num_warps)
     return out
+
+
+def gated_rows(x: Tensor, activation: str, fp8: bool, config: Config | None) -> tuple[Tensor, Tensor]:
+    """x: (..., 2 D) floating -> codes (..., D) (int8, or float8_e4m3fn), dense, and scales (...) in fp32."""
+    columns = x.shape[-1] // 2
+    q = x.new_empty((*x.shape[:-1], columns), dtype=torch.float8_e4m3fn if fp8 else torch.int8)
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    if q.numel() == 0:
+        return q, scale.fill_(1.0)
+    x, stride = rows(x)
+    num_rows = q.numel() // columns
+    config = config or heuristic_rows(columns)
+    with torch.cuda.device_of(x):
+        rows_kernel[(triton.cdiv(num_rows, config.block_rows),)](
+            x, q.view(torch.uint8), scale, num_rows, columns, stride, FP8=fp8, ACTIVATION=activation,
+            BLOCK_R=config.block_rows, BLOCK_C=config.block_columns, FITS=columns <= config.block_columns,
+            ACC=accumulator(x), num_warps=config.num_warps)
+    return q, scale

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import accumulator, power_of_two, processors
+from ._row_codes import e4m3
 
 FINISH_BLOCK = 1024  # a group has splits x channels pieces; most have fewer than this
 
@@ -31,11 +32,12 @@ class Config:
     num_warps: int
 
 
-def heuristic(channels: int, spatial: int, groups: int, last: bool, processors: int) -> Config:
-    """Does not look at the batch size: a picture's sums must not depend on what shares its batch."""
+def heuristic(channels: int, spatial: int, groups: int, last: bool, processors: int, largest: int = 16384) -> Config:
+    """Does not look at the batch size: a picture's sums must not depend on what shares its batch. largest: tile of one
+    pass; codes take registers, and spill where the result itself does not."""
     size = channels // groups
     tile = power_of_two(spatial) * power_of_two(size)
-    if tile <= 16384:  # 16 warps x 32 fp32 registers a thread; larger tiles spill or leave one program a processor
+    if tile <= largest:  # 16 warps x 32 fp32 registers a thread; larger tiles spill or leave one program a processor
         return Config(True, power_of_two(spatial), power_of_two(size), 1, max(1, min(16, tile // 1024)))
     if last:
         block_c = min(power_of_two(channels), 256)  # 512 bytes of 16-bit numbers a row: whole sectors, 16-byte loads
@@ -67,10 +69,21 @@ def _activate(y, SILU: tl.constexpr):
 
 
 @triton.jit
-def one_pass_kernel(x, out, shift, weight, bias, groups, size, spatial, stride_n, stride_c, stride_s, shift_n,
-                    shift_c, weight_stride, bias_stride, EPS: tl.constexpr, SILU: tl.constexpr,
+def _result(y, out, code_scale):
+    """In the dtype of out; with code_scale, fp32 (), the bytes of the e4m3 codes of y / code_scale."""
+    if code_scale is None:
+        return y.to(out.dtype.element_ty)
+    else:
+        v = (y * (1 / tl.load(code_scale))).to(tl.float32)
+        return tl.where(v == v, e4m3(v), 0x7F).to(tl.uint8)  # NaN stays one
+
+
+@triton.jit
+def one_pass_kernel(x, out, code_scale, shift, weight, bias, groups, size, spatial, stride_n, stride_c, stride_s,
+                    shift_n, shift_c, weight_stride, bias_stride, EPS: tl.constexpr, SILU: tl.constexpr,
                     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
-    """x, out: (N, groups * size, spatial) of equal strides. shift: (N, C), weight, bias: (C,), or None.
+    """x, out: (N, groups * size, spatial) of equal strides. shift: (N, C), weight, bias: (C,), or None. code_scale:
+    None, or fp32 (): out is then bytes.
 
     A program is one group of one batch element; its tile (BLOCK_S, BLOCK_C) covers (spatial, size).
     """
@@ -96,7 +109,7 @@ def one_pass_kernel(x, out, shift, weight, bias, groups, size, spatial, stride_n
         y *= tl.load(weight + c * weight_stride, valid, other=0).to(ACC)[None, :]
     if bias is not None:
         y += tl.load(bias + c * bias_stride, valid, other=0).to(ACC)[None, :]
-    tl.store(out + base + offset, _activate(y, SILU).to(out.dtype.element_ty), mask)
+    tl.store(out + base + offset, _result(_activate(y, SILU), out, code_scale), mask)
 
 
 @triton.jit
@@ -165,10 +178,10 @@ def finish_kernel(partial, stats, groups, size, spatial, splits, rows, EPS: tl.c
 
 
 @triton.jit
-def apply_kernel(x, out, shift, weight, bias, stats, channels, size, spatial, stride_n, stride_c, stride_s, shift_n,
-                 shift_c, weight_stride, bias_stride, tiles, splits, rows, SILU: tl.constexpr,
+def apply_kernel(x, out, code_scale, shift, weight, bias, stats, channels, size, spatial, stride_n, stride_c, stride_s,
+                 shift_n, shift_c, weight_stride, bias_stride, tiles, splits, rows, SILU: tl.constexpr,
                  BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
-    """Normalises with stats (N, channels / size, 2); x, out, shift, weight, bias and the grid as above."""
+    """Normalises with stats (N, channels / size, 2); x, out, code_scale, shift, weight, bias and the grid as above."""
     pid = tl.program_id(0)
     tile = pid % tiles
     split = (pid // tiles) % splits
@@ -193,11 +206,11 @@ def apply_kernel(x, out, shift, weight, bias, stats, channels, size, spatial, st
         y = (tl.load(x + base + offset, mask, other=0).to(ACC) - mean[None, :]) * factor[None, :]
         if bias is not None:
             y += tl.load(bias + c * bias_stride, valid, other=0).to(ACC)[None, :]
-        tl.store(out + base + offset, _activate(y, SILU).to(out.dtype.element_ty), mask)
+        tl.store(out + base + offset, _result(_activate(y, SILU), out, code_scale), mask)
         base += BLOCK_S * stride_s
 
 
-def _layout(x: Tensor) -> torch.memory_format:
+def layout_of(x: Tensor) -> torch.memory_format:
     for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.ndim == rank and not x.is_contiguous() and x.is_contiguous(memory_format=layout):
             return layout
@@ -207,16 +220,24 @@ def _layout(x: Tensor) -> torch.memory_format:
 def launch(x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
            silu: bool, *, config: Config | None = None) -> Tensor:
     """x: (N, C, *spatial) floating; shift: (N, C); weight, bias: (C,) -> x's shape, dtype and layout."""
-    layout = _layout(x)
-    out = torch.empty_like(x, memory_format=layout)
+    out = torch.empty_like(x, memory_format=layout_of(x))
+    start(x, out, None, shift, num_groups, weight, bias, eps, silu, config)
+    return out
+
+
+def start(x: Tensor, out: Tensor, code_scale: Tensor | None, shift: Tensor | None, num_groups: int,
+          weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool, config: Config | None) -> None:
+    """Fills out, of x's shape and layout: with the result, or where code_scale () is given with its bytes of codes."""
     if out.numel() == 0:
-        return out
+        return
+    layout = layout_of(x)
     x = x.contiguous(memory_format=layout)
     n, c = x.shape[:2]
     spatial = x[0, 0].numel()
     last = layout != torch.contiguous_format
     strides = (c * spatial, 1, c) if last else (c * spatial, spatial, 1)
-    config = config or heuristic(c, spatial, num_groups, last, processors(x))
+    largest = 16384 if code_scale is None else 8192
+    config = config or heuristic(c, spatial, num_groups, last, processors(x), largest)
     size, acc = c // num_groups, accumulator(x)
     conditions = (*((0, 0) if shift is None else shift.stride()),)
     affine = [0 if p is None else p.stride(0) for p in (weight, bias)]
@@ -224,9 +245,9 @@ def launch(x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor | No
               "num_warps": config.num_warps}
     with torch.cuda.device_of(x):
         if config.one_pass:
-            one_pass_kernel[(n * num_groups,)](x, out, shift, weight, bias, num_groups, size, spatial, *strides,
-                                               *conditions, *affine, EPS=eps, SILU=silu, **blocks)
-            return out
+            one_pass_kernel[(n * num_groups,)](x, out, code_scale, shift, weight, bias, num_groups, size, spatial,
+                                               *strides, *conditions, *affine, EPS=eps, SILU=silu, **blocks)
+            return
         tiles = triton.cdiv(c, config.block_channels)
         rows = triton.cdiv(triton.cdiv(spatial, config.splits), config.block_spatial) * config.block_spatial
         splits = triton.cdiv(spatial, rows)  # rounding rows up to whole tiles may leave the last programs nothing
@@ -237,6 +258,5 @@ def launch(x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor | No
         stats_kernel[grid](x, shift, partial, c, spatial, *strides, *conditions, tiles, splits, rows, **blocks)
         finish_kernel[(n * num_groups,)](partial, stats, num_groups, size, spatial, splits, rows, EPS=eps,
                                          BLOCK=FINISH_BLOCK, ACC=acc, num_warps=4)
-        apply_kernel[grid](x, out, shift, weight, bias, stats, c, size, spatial, *strides, *conditions, *affine,
-                           tiles, splits, rows, SILU=silu, **blocks)
-    return out
+        apply_kernel[grid](x, out, code_scale, shift, weight, bias, stats, c, size, spatial, *strides, *conditions,
+                           *affine, tiles, splits, rows, SILU=silu, **blocks)

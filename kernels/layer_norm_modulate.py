@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import accumulator, power_of_two, rows
+from ._row_codes import codes, magnitude, scale_of
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,14 @@ def _affine(y, c, valid, mask, batch, weight, bias, scale, shift, weight_stride,
 
 
 @triton.jit
-def kernel(x, out, scale, shift, weight, bias, num_rows, tokens, columns, stride, scale_n, scale_c, shift_n, shift_c,
-           weight_stride, bias_stride, EPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-           FITS: tl.constexpr, ACC: tl.constexpr):
-    """x: (num_rows, columns), rows stride apart. out: the same, dense. weight, bias: (columns,) or None.
+def kernel(x, out, row_scale, scale, shift, weight, bias, num_rows, tokens, columns, stride, scale_n, scale_c, shift_n,
+           shift_c, weight_stride, bias_stride, EPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+           FITS: tl.constexpr, ACC: tl.constexpr, FP8: tl.constexpr):
+    """x: (num_rows, columns), rows stride apart. out: the same, dense; with row_scale (num_rows,), fp32, its codes:
+    e4m3 where FP8, else int8. weight, bias: (columns,) or None.
 
     scale, shift: (num_rows / tokens, columns) or None. FITS: a row is at most BLOCK_C wide and stays in registers;
-    otherwise it is read three times, the later ones from cache.
+    otherwise it is read three times (for codes four), the later ones from cache.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
@@ -64,7 +66,12 @@ def kernel(x, out, scale, shift, weight, bias, num_rows, tokens, columns, stride
         y *= tl.rsqrt(tl.sum(square, 1) / columns + EPS)[:, None]
         y = _affine(y, c, c < columns, mask, batch, weight, bias, scale, shift, weight_stride, bias_stride, scale_n,
                     scale_c, shift_n, shift_c, ACC)
-        tl.store(target, y.to(out.dtype.element_ty), mask)
+        if row_scale is None:
+            tl.store(target, y.to(out.dtype.element_ty), mask)
+        else:
+            step = scale_of(tl.max(tl.where(mask, magnitude(y), 0), 1), FP8)
+            tl.store(target, codes(y, step, FP8), mask)
+            tl.store(row_scale + row, step, row < num_rows)
     else:
         total = tl.zeros([BLOCK_R, BLOCK_C], ACC)
         for start in range(0, columns, BLOCK_C):
@@ -76,12 +83,26 @@ def kernel(x, out, scale, shift, weight, bias, num_rows, tokens, columns, stride
             y = tl.load(source + start, mask, other=0).to(ACC) - mean
             total += tl.where(mask, y * y, 0)
         rstd = tl.rsqrt(tl.sum(total, 1) / columns + EPS)[:, None]
+        step = tl.zeros([BLOCK_R], tl.float32)
+        if row_scale is not None:
+            top = tl.zeros([BLOCK_R, BLOCK_C], ACC)
+            for start in range(0, columns, BLOCK_C):
+                mask = here & (start + c < columns)[None, :]
+                y = (tl.load(source + start, mask, other=0).to(ACC) - mean) * rstd
+                y = _affine(y, start + c, start + c < columns, mask, batch, weight, bias, scale, shift, weight_stride,
+                            bias_stride, scale_n, scale_c, shift_n, shift_c, ACC)
+                top = tl.maximum(top, tl.where(mask, magnitude(y), 0))
+            step = scale_of(tl.max(top, 1), FP8)
+            tl.store(row_scale + row, step, row < num_rows)
         for start in range(0, columns, BLOCK_C):
             mask = here & (start + c < columns)[None, :]
             y = (tl.load(source + start, mask, other=0).to(ACC) - mean) * rstd
             y = _affine(y, start + c, start + c < columns, mask, batch, weight, bias, scale, shift, weight_stride,
                         bias_stride, scale_n, scale_c, shift_n, shift_c, ACC)
-            tl.store(target + start, y.to(out.dtype.element_ty), mask)
+            if row_scale is None:
+                tl.store(target + start, y.to(out.dtype.element_ty), mask)
+            else:
+                tl.store(target + start, codes(y, step, FP8), mask)
 
 
 def _strides(p: Tensor | None) -> tuple[int, int]:
@@ -95,8 +116,15 @@ def launch(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor
            eps: float, *, config: Config | None = None) -> Tensor:
     """x: (..., T, C) floating; scale, shift: (N or 1, C) or None; weight, bias: (C,) or None -> x's shape, dense."""
     out = x.new_empty(x.shape)
+    start(x, out, None, scale, shift, weight, bias, eps, False, config)
+    return out
+
+
+def start(x: Tensor, out: Tensor, row_scale: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+          weight: Tensor | None, bias: Tensor | None, eps: float, fp8: bool, config: Config | None) -> None:
+    """Fills out, x's shape, dense: with the result, or where row_scale (..., T) is given with its bytes of codes."""
     if out.numel() == 0:
-        return out
+        return
     x, stride = rows(x)
     columns, tokens = x.shape[-1], x.shape[-2]
     num_rows = x.numel() // columns
@@ -104,7 +132,6 @@ def launch(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor
     one = [0 if p is None else p.stride(0) for p in (weight, bias)]
     with torch.cuda.device_of(x):
         kernel[(triton.cdiv(num_rows, config.block_rows),)](
-            x, out, scale, shift, weight, bias, num_rows, tokens, columns, stride, *_strides(scale),
+            x, out, row_scale, scale, shift, weight, bias, num_rows, tokens, columns, stride, *_strides(scale),
             *_strides(shift), *one, EPS=eps, BLOCK_R=config.block_rows, BLOCK_C=config.block_columns,
-            FITS=columns <= config.block_columns, ACC=accumulator(x), num_warps=config.num_warps)
-    return out
+            FITS=columns <= config.block_columns, ACC=accumulator(x), FP8=fp8, num_warps=config.num_warps)

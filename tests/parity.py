@@ -8,7 +8,8 @@ reference, so torch's fp32 error is scaled by the ratio of the two dtypes' round
 A row <op>_q8 gives codes of what row <op> gives: with y that result in float64 and e the error that <op> may have, the
 ends of its range may be off by e, so scale by 2 e / 255; and a decoded code may be off by e and half a step of scale.
 Rows that only move numbers (MOVES) have to agree in every bit.
-Codes with a scale a row have to decode to within half a step of what they were made from.
+Codes with a scale a row (quantize_rowwise, <op>_rows), or under a given scale (<op>_fp8), have to decode to within half
+a step of what they were made from, and of the error that this may have.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def failure(row: Op, case: Case, dtype: torch.dtype, run: Any = None) -> str:
         wrong = [text for one, expected in zip(out, row.fake(*args)) if (text := wrong_memory(one, expected))]
         return "; ".join(wrong) or wrong_codes(row, args, dtype, *out)
     if row.schema.endswith(ROW_RESULT):
-        return wrong_row_codes(row, args, *out)
+        return wrong_row_codes(row, args, dtype, *out)
+    if out.dtype == torch.float8_e4m3fn:
+        return wrong_scaled_codes(row, args, dtype, out)
     if wrong := wrong_memory(out, row.fake(*args)):
         return wrong
     exact = row.reference(*cast(args, torch.float64))
@@ -105,11 +108,12 @@ def wrong_memory(out: Tensor, expected: Tensor) -> str:
 
 
 def before_rounding(row: Op, args: Any, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """What the codes of a q8 row stand for, in float64 and without border, and the error it may have."""
-    if row.name == "quantize":
+    """What the codes of a row stand for, in float64 and without border, and the error it may have."""
+    if row.name in ("quantize", "quantize_rowwise"):
         y = args[0].double()
-        return y, torch.finfo(dtype).eps * float(y.abs().max() if y.numel() else 0)
-    plain = ops.ROWS[row.name.removesuffix("_q8")]
+        exact = row.name == "quantize_rowwise" or y.numel() == 0
+        return y, 0.0 if exact else torch.finfo(dtype).eps * float(y.abs().max())
+    plain = ops.ROWS[row.name.removesuffix("_q8").removesuffix("_rows").removesuffix("_fp8")]
     args = args[:len(plain.overload._schema.arguments)]
     y = plain.reference(*cast(args, torch.float64))
     return y, allowed(plain, args, dtype, y)
@@ -133,24 +137,38 @@ def wrong_codes(row: Op, args: Any, dtype: torch.dtype, q: Tensor, scale: Tensor
     return "" if off <= limit else f"decoded codes off by {off:.3g}, allowed {limit:.3g}"
 
 
-def wrong_row_codes(row: Op, args: Any, q: Tensor, scale: Tensor) -> str:
-    """int8 or e4m3 codes of rows, scale = max|x| / 127 or 448; a row that is not finite has scale NaN and codes 0."""
+def wrong_row_codes(row: Op, args: Any, dtype: torch.dtype, q: Tensor, scale: Tensor) -> str:
+    """int8 or e4m3 codes of rows, scale = max|y| / 127 or 448; a row that is not finite has scale NaN and codes 0."""
     for one, expected in zip((q, scale), row.fake(*args)):
         if wrong := wrong_memory(one, expected):
             return wrong
-    x, codes, scale = args[0].double(), q.double(), scale.unsqueeze(-1)
-    top = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(scale.shape)
-    ideal = torch.where(top == 0, 1.0, top / (127 if q.dtype == torch.int8 else 448))
+    y, error = before_rounding(row, args, dtype)
+    codes, scale, largest = q.double(), scale.unsqueeze(-1), 127 if q.dtype == torch.int8 else 448
+    top = y.abs().amax(-1, keepdim=True) if y.shape[-1] else y.new_zeros(scale.shape)
+    ideal = torch.where(top == 0, 1.0, top / largest)
     finite = torch.isfinite(ideal)
-    if not torch.equal(torch.isfinite(scale), finite) or codes[~finite.expand(x.shape)].any():
+    if not torch.equal(torch.isfinite(scale), finite) or codes[~finite.expand(y.shape)].any():
         return "a row that is not finite needs scale NaN and codes 0"
     single = torch.finfo(torch.float32)
-    if ((scale - ideal).abs() > 2 * single.eps * ideal + single.tiny)[finite].any():
+    if ((scale - ideal).abs() > 2 * single.eps * ideal + single.tiny + error / largest)[finite].any():
         return "a scale is not the largest magnitude over the largest code"
-    step = torch.ones_like(x)
-    if q.dtype != torch.int8:  # three bits of fraction, below 2^-6 those of 2^-6
+    return _off(codes, scale.double(), y, error, q.dtype, finite.expand(y.shape))
+
+
+def wrong_scaled_codes(row: Op, args: Any, dtype: torch.dtype, q: Tensor) -> str:
+    """e4m3 codes under the scale that is the last argument."""
+    if wrong := wrong_memory(q, row.fake(*args)):
+        return wrong
+    y, error = before_rounding(row, args, dtype)
+    scale = args[-1].double()
+    return _off(q.double(), scale, y.clamp(-448 * scale, 448 * scale), error, q.dtype, torch.isfinite(y))
+
+
+def _off(codes: Tensor, scale: Tensor, y: Tensor, error: float, kind: torch.dtype, finite: Tensor) -> str:
+    step = torch.ones_like(y)
+    if kind != torch.int8:  # three bits of fraction, below 2^-6 those of 2^-6
         step = torch.exp2(torch.floor(torch.log2(codes.abs().clamp(min=2.0**-6))) - 3)
-    off = ((codes * scale.double() - x).abs() / (step * scale.double()))[finite.expand(x.shape)]
+    off = (((codes * scale - y).abs() - error) / (step * scale))[finite]
     return "" if not off.numel() or off.max() <= 0.5 + 1 / 64 else f"a code is off by {float(off.max()):.3g} steps"
 
 

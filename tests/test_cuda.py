@@ -25,8 +25,11 @@ import torch
 
 from ldmfast.ops import ROWS
 
+sys.path.insert(0, str(Path(__file__).parent))
+import parity
+
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("group_norm_silu", "lincomb")  # attention takes minutes to compile: its built library is read instead
+SOURCES = ("group_norm_silu", "group_norm_silu_fp8", "lincomb")  # attention takes minutes to compile: its built library is read instead
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -123,9 +126,10 @@ def built(folder: Path, name: str) -> Path:
     if name == "attention":  # its kernels are headers
         subprocess.run([*flags, "-x", "c++", str(host / "attention.inc"), "-o", str(target)], check=True)
         return target
-    text = (ROOT / f"csrc/cuda/{name}.cu").read_text()
-    kernels = text[:text.index({"group_norm_silu": "template <class T, int V>\nvoid run(",
-                                "lincomb": "struct Call {"}[name])]
+    where, end = {"group_norm_silu": ("group_norm_silu.cuh", "template <class T, class O, int V>\nvoid run("),
+                  "lincomb": ("lincomb.cu", "struct Call {")}[name]
+    text = (ROOT / "csrc/cuda" / where).read_text().replace("#pragma once", "")
+    kernels = text[:text.index(end)]
     kernels = kernels.replace("extern __shared__ uint4 kept[];", "static uint4 kept[2048];")
     source = folder / f"{name}.cpp"
     source.write_text(kernels + (host / f"{name}.inc").read_text())
@@ -235,6 +239,38 @@ GROUP_NORMS = {
 
 
 @needs_cxx
+def test_e4m3_on_the_host(folder: Path) -> None:
+    """The arithmetic of GPUs without the instruction: torch's codes, and saturated where torch gives NaN."""
+    around = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    ties = (around[1:] + around[:-1]) / 2
+    numbers = torch.cat([around, ties, ties * (1 + 2.0**-20), ties * (1 - 2.0**-20), torch.logspace(-12, 2.6, 4001)])
+    x = torch.cat([numbers, -numbers, torch.tensor([449.0, 1e30, float("inf"), -float("inf"), float("nan")])]).float()
+    codes = torch.empty(len(x), dtype=torch.uint8)
+    ctypes.CDLL(str(built(folder, "group_norm_silu"))).run_e4m3(pointer(x), pointer(codes), ctypes.c_int64(len(x)))
+    assert torch.equal(codes, x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@needs_cxx
+@pytest.mark.parametrize("name", ("one_pass_nhwc", "one_pass_scalar", "split_nhwc_straddling", "split_nchw"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_group_norm_silu_fp8_on_the_host(folder: Path, name: str, dtype: torch.dtype) -> None:
+    batch, channels, pixels, groups, last, processors, offset, _ = GROUP_NORMS[name]
+    generator = torch.Generator().manual_seed(len(name))
+    x = (torch.randn(batch, channels, pixels, 1, generator=generator) + offset).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    bias, scale = torch.randn(channels, generator=generator), torch.tensor([0.004])
+    args = (x, None, groups, None, bias, 1e-5, True, scale)
+    out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    numbers = (ctypes.c_int64 * 9)(batch, channels, pixels, groups, last, dtype == torch.bfloat16, True, processors, True)
+    ctypes.CDLL(str(built(folder, "group_norm_silu"))).run_group_norm_silu(
+        pointer(x), pointer(out), pointer(None), pointer(None), pointer(bias), pointer(scale), ctypes.c_double(1e-5),
+        numbers)
+    row = ROWS["group_norm_silu_fp8"]
+    assert parity.wrong_scaled_codes(row, args, dtype, out) == ""
+    assert (out.float().abs() == 448).any() or "scalar" in name  # 1.8 and more: some saturate
+
+
+@needs_cxx
 @pytest.mark.parametrize("name", GROUP_NORMS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_group_norm_silu_on_the_host(folder: Path, name: str, dtype: torch.dtype) -> None:
@@ -251,7 +287,7 @@ def test_group_norm_silu_on_the_host(folder: Path, name: str, dtype: torch.dtype
     numbers = (ctypes.c_int64 * 9)(batch, channels, pixels, groups, last, dtype == torch.bfloat16, True, processors,
                                    "nchw" not in name)
     took = library.run_group_norm_silu(pointer(x), pointer(out), pointer(shift), pointer(weight), pointer(bias),
-                                       ctypes.c_double(1e-5), numbers)
+                                       pointer(None), ctypes.c_double(1e-5), numbers)
     within(ROWS["group_norm_silu"], (x, shift, groups, weight, bias, 1e-5, "nchw" not in name), out)
     assert took == way or dtype == torch.bfloat16
 

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "e4m3.h"
+
 namespace ldmfast::ptx {
 
 // 16 bytes that no one writes during the launch, past the first-level cache: every block reads its part once. Not
@@ -27,6 +29,17 @@ __device__ __forceinline__ void store(void* to, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 #else
   *static_cast<uint4*>(to) = v;
+#endif
+}
+
+// Two numbers as e4m3 codes, the first in the lower byte.
+__device__ __forceinline__ uint16_t e4m3_pair(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+  return codes;
+#else
+  return uint16_t(e4m3(low) | e4m3(high) << 8);
 #endif
 }
 

@@ -19,7 +19,7 @@ from ..ops.linear_geglu import plain_weight, side_by_side
 from ..ops.pack_weight import image_weight
 from .direct import Direct
 from .onednn import INT8_SCHEMAS, SCHEMAS, Packed, as_expected
-from .rowwise import RowwiseWeight, rows_to_int8
+from .rowwise import RowCodes, RowwiseWeight, rows_to_int8
 
 ONEDNN = as_expected(SCHEMAS, "products run through torch.nn.functional, which is slower")
 ONEDNN_INT8 = as_expected(INT8_SCHEMAS, "int8 products run as floating-point ones, which is slower")
@@ -182,15 +182,16 @@ class Linear(Direct, nn.Linear):
         if not self.weight.is_meta:  # where it draws nothing, and takes longer than all else
             super().reset_parameters()
 
-    def forward(self, x: Tensor | Quantized, residual: Tensor | None = None) -> Tensor:
-        """x: (..., in), floating, or 8-bit for a layer with ``int8``; residual: (..., out)."""
+    def forward(self, x: Tensor | Quantized | RowCodes, residual: Tensor | None = None) -> Tensor:
+        """x: (..., in), floating, or 8-bit for a layer with ``int8`` or ``rowwise``; residual: (..., out)."""
         if self.lora is not None:
-            residual = self.lora(x, residual)
+            residual = self.lora(x.dense() if isinstance(x, RowCodes) else x, residual)
+        if self.rowwise is not None:
+            return self.rowwise(x, residual)
+        x = x.dense() if isinstance(x, RowCodes) else x  # made for another layer of the same input
         if self.int8 is not None:
             return self._int8(self.int8, x, residual)
         assert isinstance(x, Tensor)
-        if self.rowwise is not None:
-            return self.rowwise(x, residual)
         return linear(x, self.weight, self.bias, residual, self.out_features)
 
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None) -> Tensor:
@@ -231,6 +232,11 @@ class Linear(Direct, nn.Linear):
         """Whether ``weight`` is packed for a product of our own."""
         return self.weight is not None and self.weight.ndim == 7
 
+    @property
+    def row_form(self) -> str:
+        """Which codes with a scale a row it takes: of rowwise.FORMS, or "" for none."""
+        return "" if self.rowwise is None else self.rowwise.form
+
     def dense(self) -> Tensor:
         """The weight (out, in), plain again if it was packed."""
         if self.rowwise is not None:
@@ -262,9 +268,11 @@ class GatedLinear(Linear):
 
     own_from: ClassVar[tuple[int, int]] = (1, 1)
 
-    def forward(self, x: Tensor | Quantized, *, codes: bool = False) -> Tensor | Quantized:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor | Quantized | RowCodes, *, codes: bool = False, rows: str = "",
+    ) -> Tensor | Quantized | RowCodes:
         """x: (..., in) -> (..., out_features / 2). codes: 8 bits, where the layer that follows takes them and they cost
-        less than it would pay itself."""
+        less than it would pay itself. rows: the form of 8 bits by rows that it takes, if any."""
         w, inner = self.int8, self.out_features // 2
         if self.lora is not None and (self.own if w is None else w.own):
             y = self.lora.values_gates(self, x)
@@ -276,6 +284,8 @@ class GatedLinear(Linear):
             assert isinstance(x, Tensor)
             return ops.linear_geglu(x, self.weight, self.bias, out_features=inner)
         y = super().forward(x)
+        if rows:
+            return RowCodes(*ops.geglu_rows(y, fp8=rows == "fp8"), y.dtype)
         return Quantized(*ops.geglu_q8(y)) if codes else ops.geglu(y)
 
     def pack(self) -> None:

@@ -18,7 +18,7 @@ from ..errors import LdmfastError, ShapeError
 from .direct import Direct
 from .gemm import Linear, Quantized
 from .hooks import Attend, Hooks
-from .layers import Joined, TimestepEmbedding, by_rows, timestep_embedding
+from .layers import Joined, TimestepEmbedding, by_rows, normed_for, timestep_embedding
 from .linears import GeluLinear
 from .unet_state import as_list, rows_of
 
@@ -187,14 +187,13 @@ class Modulation(Direct):
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, *layers: Linear) -> tuple[Any, ...]:
-    """LayerNorm(x) * (1 + scale) + shift, in the form that each of the layers takes: 8 bits for an int8 layer."""
-    made: dict[bool, Any] = {}
-    for layer in layers:
-        eight = layer.int8 is not None
-        if eight not in made:
-            made[eight] = (Quantized(*ops.layer_norm_modulate_q8(x, scale, shift, eps=EPS)) if eight else
-                           ops.layer_norm_modulate(x, scale, shift, eps=EPS))
-    return tuple(made[layer.int8 is not None] for layer in layers)
+    """LayerNorm(x) * (1 + scale) + shift, in the form that each of the layers takes."""
+    forms = [(layer.int8 is not None, layer.row_form) for layer in layers]
+    made: dict[Any, Any] = {}
+    for form, layer in zip(forms, layers):
+        if form not in made:
+            made[form] = normed_for(layer, x, scale, shift, None, None, EPS)
+    return tuple(made[form] for form in forms)
 
 
 def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .. import ops
 from .direct import Direct, watched
 from .gemm import Conv2d, GatedLinear, Linear, Quantized
 from .hooks import Attend
+from .rowwise import RowCodes
 
 # rows of one small GEMM: one register tile of oneDNN and MKL, and weights are read once for 16 steps
 _ROWS = 16
@@ -142,11 +143,23 @@ class LayerNorm(Direct, nn.LayerNorm):
         own = self._parameters
         return ops.layer_norm_modulate(x, None, None, own["weight"], own["bias"], self.eps)
 
-    def into(self, layer: Linear, x: Tensor) -> Tensor | Quantized:
-        """forward(), in the form that ``layer`` takes: 8 bits for an int8 layer."""
-        if layer.int8 is None:
+    def into(self, layer: Linear, x: Tensor) -> Any:
+        """forward(), in the form that ``layer`` takes."""
+        if layer.int8 is None and not layer.row_form:
             return self(x)
-        return Quantized(*ops.layer_norm_modulate_q8(x, weight=self.weight, bias=self.bias, eps=self.eps))
+        return normed_for(layer, x, None, None, self.weight, self.bias, self.eps)
+
+
+def normed_for(layer: Linear, x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor | None,
+               bias: Tensor | None, eps: float) -> Any:
+    """ops.layer_norm_modulate in the form that ``layer`` takes: Quantized for an int8 layer, RowCodes for one that
+    multiplies in 8 bits by rows, otherwise a tensor."""
+    arguments = (x, scale, shift, weight, bias, eps)
+    if layer.int8 is not None:
+        return Quantized(*ops.layer_norm_modulate_q8(*arguments))
+    if layer.row_form:
+        return RowCodes(*ops.layer_norm_modulate_rows(*arguments, fp8=layer.row_form == "fp8"), x.dtype)
+    return ops.layer_norm_modulate(*arguments)
 
 
 class ResnetBlock(Direct):
@@ -344,4 +357,4 @@ class FeedForward(Direct):
 
     def forward(self, x: Tensor | Quantized, residual: Tensor) -> Tensor:
         first, _, last = self.net
-        return last(cast(GEGLU, first).proj(x, codes=last.int8 is not None), residual)
+        return last(cast(GEGLU, first).proj(x, codes=last.int8 is not None, rows=last.row_form), residual)

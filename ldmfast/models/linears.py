@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from . import gemm
 from .gemm import Int8Weight, Linear, Quantized
+from .rowwise import RowCodes
 
 
 class GeluLinear(Linear):
@@ -18,13 +19,14 @@ class GeluLinear(Linear):
 
     own_from: ClassVar[tuple[int, int]] = (1, 1)
 
-    def forward(self, x: Tensor | Quantized, residual: None = None) -> Tensor:  # type: ignore[override]
-        """x: (..., in), floating, or 8-bit for a layer with ``int8`` -> (..., out)."""
+    def forward(self, x: Tensor | Quantized | RowCodes, residual: None = None) -> Tensor:  # type: ignore[override]
+        """x: (..., in), floating, or 8-bit for a layer with ``int8`` or ``rowwise`` -> (..., out)."""
+        if self.rowwise is not None:
+            return F.gelu(self.rowwise(x), approximate="tanh")
+        x = x.dense() if isinstance(x, RowCodes) else x
         if self.int8 is not None:
             return self._int8(self.int8, x, None)
         assert isinstance(x, Tensor)
-        if self.rowwise is not None:
-            return F.gelu(self.rowwise(x), approximate="tanh")
         if self.own:
             return ops.linear_gelu_tanh(x, self.weight, self.bias, out_features=self.out_features)
         if not gemm._onednn(x):

@@ -5,6 +5,7 @@ through torch._scaled_mm, int8 through torch._int_mm. A CPU runs the same calls,
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,21 @@ def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values.view(weight.shape), scale
 
 
+class RowCodes(NamedTuple):
+    """An activation of 8 bits with a scale for each row, as a norm or a gate before the product gives it.
+
+    values: e4m3 or int8 (..., C). scale: fp32 (...). dtype: that the activation would have, and the product has.
+    """
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    def dense(self) -> Tensor:
+        """What the codes stand for."""
+        return (self.values.float() * self.scale.unsqueeze(-1)).to(self.dtype)
+
+
 class RowwiseWeight(nn.Module):
     """Weight of a product whose two factors are rounded to 8 bits row by row; nothing of higher precision is kept.
 
@@ -89,11 +105,12 @@ class RowwiseWeight(nn.Module):
         self.register_buffer("scale", scale.unsqueeze(0))
         self.register_buffer("bias", None if bias is None else bias.detach())
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: (..., in), bf16 (on a CPU also fp32) -> x W^T + b (+ residual), of x's dtype."""
-        rows = x.reshape(-1, x.shape[-1])
-        codes, scale = ops.quantize_rowwise(rows, fp8=self.form == "fp8")
-        out = self._product(codes, scale.unsqueeze(1), x.dtype).view(*x.shape[:-1], len(self.values))
+    def forward(self, x: Tensor | RowCodes, residual: Tensor | None = None) -> Tensor:
+        """x: (..., in), bf16 (on a CPU also fp32), or its codes -> x W^T + b (+ residual), of x's dtype."""
+        if not isinstance(x, RowCodes):
+            x = RowCodes(*ops.quantize_rowwise(x, fp8=self.form == "fp8"), x.dtype)
+        codes = x.values.reshape(-1, x.values.shape[-1])
+        out = self._product(codes, x.scale.reshape(-1, 1), x.dtype).view(*x.values.shape[:-1], len(self.values))
         return out if residual is None else out.add_(residual)
 
     def _product(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from ..errors import LdmfastError, ShapeError
 from .direct import Direct
 from .gemm import Conv2d, GatedLinear, Linear, Quantized
 from .hooks import Hooks
-from .layers import Attention, KeysValues, as_tokens, by_rows, channels_last, timestep_embedding
+from .layers import Attention, KeysValues, as_tokens, by_rows, channels_last, normed_for, timestep_embedding
 from .linears import GeluLinear
 from .unet_state import as_list
 
@@ -97,14 +97,11 @@ class Sinusoids(Direct):
 
 
 class LayerNorm(Direct, nn.LayerNorm):
-    """LayerNorm of tokens, y * (1 + scale) + shift, in the form that ``layer`` takes: 8 bits for an int8 layer."""
+    """LayerNorm of tokens, y * (1 + scale) + shift, in the form that ``layer`` takes."""
 
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor, layer: Linear) -> Tensor | Quantized:  # type: ignore[override]
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor, layer: Linear) -> Any:  # type: ignore[override]
         own = self._parameters
-        arguments = (x, scale, shift, own["weight"], own["bias"], self.eps)
-        if layer.int8 is None:
-            return ops.layer_norm_modulate(*arguments)
-        return Quantized(*ops.layer_norm_modulate_q8(*arguments))
+        return normed_for(layer, x, scale, shift, own["weight"], own["bias"], self.eps)
 
 
 class _Projection(nn.Module):
@@ -133,7 +130,7 @@ class MLP(Direct):
     def forward(self, x: Tensor | Quantized) -> Tensor:
         first, last = self.entry, cast(Linear, self.net[2])
         if isinstance(first, GatedLinear):
-            return last(first(x, codes=last.int8 is not None))
+            return last(first(x, codes=last.int8 is not None, rows=last.row_form))
         inner = first(x)
         return last(inner if isinstance(first, GeluLinear) else nn.functional.gelu(inner))
 

@@ -97,6 +97,7 @@ class Op:
     cost: Callable[..., Cost] = field(repr=False)
     peer: Callable[..., Any] = field(repr=False)
     cpu_only: bool = False  # no Triton kernel yet: on a GPU the reference runs
+    gpu_only: bool = False  # no C++ kernel: it saves GPUs a pass, and on a CPU the reference shows its numbers
 
     @property
     def overload(self) -> Any:

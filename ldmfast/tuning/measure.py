@@ -26,8 +26,8 @@ PARTS = ("text", "denoise", "decode")
 class Drawn:
     """images: (n, 3, H, W) in [0, 1] on the CPU. seconds: of the whole call (``_now``). parts: "text" (until the
     network's first evaluation: text encoders, checks, all that is computed once), "denoise", "decode".
-    step_seconds: of each step. evaluations: of the network, a picture (guidance branches that run together are one). rows: the same with each
-    branch counted. memory: bytes at the peak over those before the call, None where that cannot be seen.
+    step_seconds: of each step. evaluations: of the network, a picture (guidance branches that run together are one).
+    rows: the same with each branch counted. memory: bytes at the peak over those before the call, None where that cannot be seen.
     made: the call's settings as a PNG keeps them. report: of its cache.
     """
 

@@ -13,8 +13,9 @@ from ldmfast import ops
 from ldmfast.errors import PrecisionError
 from ldmfast.models import DiT, rowwise
 from ldmfast.models.gemm import Conv2d, GatedLinear, Linear
+from ldmfast.models.layers import LayerNorm
 from ldmfast.models.linears import GeluLinear, SplitLinear
-from ldmfast.models.rowwise import FORMS, RowwiseWeight
+from ldmfast.models.rowwise import FORMS, RowCodes, RowwiseWeight
 from ldmfast.quantization import Plan, can_be_int8
 from ldmfast.quantization.measure import Meter
 
@@ -91,6 +92,40 @@ def test_networks_round_their_linears_and_leave_the_rest(form):
     out, expected = tensorwise.run(model), tensorwise.run(exact)
     error = float((out - expected).norm() / expected.norm())
     assert 0 < error < 0.1, error
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_norms_and_gates_give_codes_themselves(form, monkeypatch):
+    """No pass over memory of its own rounds what a LayerNorm or a GEGLU hands to a product of 8 bits: what is left to
+    quantize_rowwise comes out of attention, of a GroupNorm, or of the text encoder."""
+    asked: list[tuple[int, ...]] = []
+    rowwise_op = rowwise.ops.quantize_rowwise
+    model = tensorwise.unet(Plan(form=form))
+    blocks = [m for m in model.modules() if type(m).__name__ == "TransformerBlock"]
+    assert blocks and all(b.ff.entry.rowwise is not None for b in blocks)
+    monkeypatch.setattr(rowwise.ops, "quantize_rowwise", lambda x, fp8: asked.append(tuple(x.shape)) or rowwise_op(x, fp8=fp8))
+    tensorwise.run(model)
+    layers = [m for m in model.modules() if isinstance(m, Linear) and m.rowwise is not None]
+    fed = sum(3 + 1 for _ in blocks)  # attn1's and attn2's entry, the MLP's two linears
+    assert len(asked) == len(layers) - fed, (len(asked), len(layers), fed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_codes_make_the_product_that_their_numbers_make(form):
+    """Codes from a norm are those of its unrounded result; a layer of another form, and adapters, see their numbers."""
+    torch.manual_seed(3)
+    x = torch.randn(2, 9, 64)
+    layer, plain = made(Linear, 64, 48), made(Linear, 64, 48)
+    layer.quantize_rows(form)
+    norm = LayerNorm(64, 1e-5).requires_grad_(False)
+    torch.nn.init.normal_(norm.weight)
+    codes = norm.into(layer, x)
+    assert isinstance(codes, RowCodes) and codes.dtype == x.dtype
+    exact = rounded(norm(x), form) @ layer.dense().double().T + layer.bias.double()
+    assert (layer(codes).double() - exact).norm() / exact.norm() < 1e-4  # a few codes fall on the other side of a tie
+    assert torch.equal(plain(codes), plain(codes.dense()))
+    layer.lora = lambda seen, residual: torch.ones(2, 9, 48) * float(seen.sum())
+    assert torch.allclose(layer(codes), layer.rowwise(codes) + codes.dense().sum(), atol=1e-3)
 
 
 def test_transformer_in_fp8():
