@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,7 @@ from .. import checkpoints
 from ..caches import Policy
 from ..errors import CheckpointError, LdmfastError
 from ..models import REGISTRY, DiT, FluxTransformer2D, PixArt, SD3Transformer2D
+from ..samplers import TimeGrid
 from .inputs import GeneratorLike
 from .load import ASSETS, Components, load, resolve_device, resolve_precision
 from .lora import LoraMethods
@@ -196,6 +197,7 @@ class Pipeline(LoraMethods):
         use_resolution_binning: bool = True,
         loras: Any = None,
         cache: Policy | Sequence[Policy] | None = None,
+        grid: TimeGrid | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
@@ -225,6 +227,8 @@ class Pipeline(LoraMethods):
             these with one for each picture.
         cache: a policy of :mod:`ldmfast.caches`, or several, by which parts of the network's evaluations are reused or
             forecast from earlier ones: faster, another picture. ``report`` of the result says what was left out.
+        grid: learned steps (:meth:`learn_grid`), as a TimeGrid or the JSON file of one, in place of
+            ``num_inference_steps``, ``solver`` and the lists.
         prompt_weighting: reads "(word:1.3)", "((word))", "[word]" and BREAK in prompts, and encodes prompts of any
             length in chunks of the text encoder's size, as ComfyUI does (``ldmfast.pipelines.prompt_weights``).
         callback_on_step_end(call, step, timestep, {"latents": x}): may return {"latents": replacement};
@@ -246,6 +250,17 @@ class Pipeline(LoraMethods):
         from .repeat import repeat
 
         return repeat(self, settings, image=image, mask_image=mask_image, progress=progress)
+
+    def learn_grid(self, prompts: str | Sequence[str] | None = None, steps: int = 6, solver: str | None = None,
+                   **options: Any) -> TimeGrid:
+        """Few steps placed where they bring this model's pictures nearest to a fine solve, for ``grid`` of a call.
+
+        prompts: to learn from (default: some of its own). options: of :func:`ldmfast.pipelines.learn_grid.learn_grid`
+        (pictures, seed, iterations, ...), and arguments of a call, such as guidance_scale and height.
+        """
+        from .learn_grid import learn_grid
+
+        return learn_grid(self, prompts, steps, solver, **options)
 
     def __repr__(self) -> str:
         return f"ldmfast.Pipeline({self.source!r}, precision={self.precision!r}, device={str(self.device)!r})"

@@ -371,6 +371,7 @@ def _settings(pipe: Pipeline, request: Request) -> list[dict[str, Any]]:
         "repeatable": (request.prompt_embeds is None and request.latents is None and request.callback is None
                        and repeatable(request.cache)),
         "cache": [p.to_dict() for p in request.cache],
+        "grid": None if request.grid is None else request.grid.to_dict(),
         "vae_tiling": pipe.vae_tiling, "fused_loras": fused_settings(pipe),
     }
     rows = []

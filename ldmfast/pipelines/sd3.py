@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,11 +12,11 @@ import torch.nn.functional as F
 
 from ..caches import Policy
 from ..errors import LdmfastError
-from ..samplers import StepTable, make_table
+from ..samplers import StepTable, TimeGrid, make_table
 from .inputs import GeneratorLike
 from .joint import JointPipeline, number_of_steps, scale_of
 from .output import PipelineOutput
-from .request import number
+from .request import grid_of, number
 from .text import PromptEmbeds, encode_prompts
 
 
@@ -85,10 +86,11 @@ class StableDiffusion3Pipeline(JointPipeline):
         mu: float | None = None,
         solver: str | None = None,
         cache: Policy | Sequence[Policy] | None = None,
+        grid: TimeGrid | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> PipelineOutput | tuple[Any, None]:
         """Generate pictures; names, meanings and defaults are diffusers' (28 steps, guidance 7), but for ``generator``,
-        ``solver`` (default: the checkpoint's), ``cache`` and ``progress``, which are as in Pipeline.
+        ``solver`` (default: the checkpoint's), ``cache``, ``grid`` and ``progress``, which are as in Pipeline.
 
         prompt_2, prompt_3: for the second CLIP encoder and T5, if other texts. latents: (N, C, h, w).
         skip_guidance_layers: blocks left out in a third prediction, from which the result is pushed away by
@@ -96,7 +98,8 @@ class StableDiffusion3Pipeline(JointPipeline):
         Raises LdmfastError and its subclasses with one line, before any heavy work.
         """
         a = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "__class__")}
-        scale = scale_of(self, a, 7.0)
+        scale, learned = scale_of(self, a, 7.0), grid_of(a)
+        a["grid"] = None if learned is None else learned.to_dict()
         if skip_guidance_layers is not None and not isinstance(skip_guidance_layers, Sequence):
             raise LdmfastError(f"skip_guidance_layers={skip_guidance_layers!r} is not a list of numbers of blocks")
         layers = () if skip_guidance_layers is None or scale <= 1 else tuple(skip_guidance_layers)
@@ -106,6 +109,9 @@ class StableDiffusion3Pipeline(JointPipeline):
 
         def table(height: int, width: int) -> StepTable:
             patches = (height // self.multiple) * (width // self.multiple)
+            if learned is not None:
+                found = learned.table(self.schedule, mu=mu, image_seq_len=patches)
+                return found if not layers else _with_skipping(found, scale, a)
             steps = None if sigmas is not None else number_of_steps(self, a)
             found = make_table(self.schedule, solver or self.loaded.defaults.get("solver"), steps, sigmas=a["sigmas"],
                                mu=mu, image_seq_len=patches)
