@@ -48,6 +48,14 @@ CONVERT_EXAMPLES = """Examples:
 """
 
 
+TUNE_STEPS_EXAMPLES = """Examples:
+
+  ldmfast tune-steps --steps 6 --solver dpmpp_2m --out grid.json
+
+  ldmfast generate "a red circle" --grid grid.json
+"""
+
+
 def _fail(error: Exception) -> None:
     typer.echo(f"ldmfast: {error}", err=True)
     raise typer.Exit(2)
@@ -98,6 +106,8 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 turns it off.")] = None,
     solver: Annotated[str | None, typer.Option(help="ddim, euler, dpmpp_2m, unipc, ... (a wrong name lists all).")
                       ] = None,
+    grid: Annotated[Path | None, typer.Option(help="Learned steps, as `ldmfast tune-steps` writes them; in place of "
+                                                   "--steps and --solver.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 8.")] = None,
     image: Annotated[Path | None, typer.Option(help="Start from this picture (image to image).")] = None,
@@ -115,7 +125,8 @@ def generate(
         _check_out(out)
         if from_png is not None:
             given = {"prompt": prompt, "seed": seed, "negative": negative, "steps": steps, "guidance": guidance,
-                     "solver": solver, "height": height, "width": width, "strength": strength, "precision": precision}
+                     "solver": solver, "grid": grid, "height": height, "width": width, "strength": strength,
+                     "precision": precision}
             extra = [name for name, value in given.items() if value is not None]
             if extra:
                 raise LdmfastError(f"--from-png repeats a picture exactly, so {extra[0]!r} cannot be given beside it")
@@ -127,7 +138,8 @@ def generate(
             loaded = time.perf_counter()
             given = {"image": _picture(image), "mask_image": _picture(mask), "strength": strength}
             sources: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-            if sources and not pipe.takes_pictures:
+            sources |= {} if grid is None else {"grid": grid}
+            if sources.keys() - {"grid"} and not pipe.takes_pictures:
                 raise LdmfastError("this model draws from a text alone: leave out --image, --mask and --strength")
             result = pipe(prompt, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
                           negative_prompt=negative, num_images_per_prompt=num, generator=seed, solver=solver,
@@ -248,6 +260,40 @@ def convert(
     typer.echo(f"written to {target} ({sum(f.stat().st_size for f in files) / 1e6:.1f} MB)")
     if left_out:
         typer.echo(f"left out, because a single file has no place for it: {', '.join(left_out)}")
+
+
+@app.command("tune-steps", epilog=TUNE_STEPS_EXAMPLES)
+def tune_steps(
+    model: Annotated[str, typer.Argument(help="A diffusers folder, a single .safetensors file, 'tiny' or 'tiny-dit'.")
+                     ] = "tiny",
+    steps: Annotated[int, typer.Option(min=1, help="Solver steps of a picture.")] = 6,
+    solver: Annotated[str | None, typer.Option(help="Default: dpmpp_2m, of a flow schedule flow_euler.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("grid.json"),
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line, to learn from.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures to learn from, of the prompts in turn.")] = 32,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale (default: the model's own).")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="At most.")] = 8,
+    precision: Annotated[str, typer.Option(help="exact (fp32), bf16, int8, fp8, or auto.")] = "exact",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Do not tell of iterations.")] = False,
+) -> None:
+    """Learn where a few steps lie best: noise levels and network times, nearest to a fine solve of the same seeds."""
+    def tell(iteration: int, error: float) -> None:
+        typer.echo(f"iteration {iteration}: latent error {error:.4f}", err=True)
+
+    try:
+        if not out.parent.is_dir():
+            raise LdmfastError(f"folder {out.parent} does not exist: create it or choose another --out")
+        pipe = _open(model, precision, device)
+        grid = pipe.learn_grid(None if prompts is None else _lines(prompts), steps, solver, pictures=pictures,
+                               iterations=iterations, progress=None if quiet else tell,
+                               **({} if guidance is None else {"guidance_scale": guidance}))
+        grid.save(out)
+    except LdmfastError as error:
+        _fail(error)
+        return
+    typer.echo(f"{out}: {grid.evaluations} evaluations of {grid.solver}, latent error {grid.error:.4f} "
+               f"(its usual steps: {grid.default_error:.4f})")
 
 
 @app.command()

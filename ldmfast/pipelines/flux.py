@@ -4,7 +4,8 @@ picture to follow (FluxControlPipeline), and Fill, a picture and what of it to d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -15,11 +16,11 @@ from torch import Tensor
 from ..caches import Policy
 from ..errors import LdmfastError
 from ..guidance import Guidance
-from ..samplers import StepTable, make_table
+from ..samplers import StepTable, TimeGrid, make_table
 from .inputs import GeneratorLike, prepare_image, prepare_mask, repeat_to
 from .joint import JointPipeline, JointRequest, number_of_steps, scale_of
 from .output import PipelineOutput
-from .request import number
+from .request import grid_of, number
 from .run import encode
 from .text import PromptEmbeds, tokenize
 
@@ -133,11 +134,12 @@ class FluxPipeline(JointPipeline):
         cache: Policy | Sequence[Policy] | None = None,
         guidance: Guidance | Sequence[Guidance] | None = None,
         settings: Settings | str | None = None,
+        grid: TimeGrid | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> PipelineOutput | tuple[Any, None]:
         """Generate pictures; names, meanings and defaults are diffusers' (28 steps, guidance 3.5), but for
         ``generator``, ``solver`` (default: the checkpoint's), ``cache``, ``guidance`` (of the scale
-        true_cfg_scale), ``settings`` and ``progress``, which are as in Pipeline.
+        true_cfg_scale), ``settings``, ``grid`` and ``progress``, which are as in Pipeline.
 
         guidance_scale: what a guidance-distilled network (dev) is told; nothing to others. true_cfg_scale above 1 with
         a negative prompt: classifier-free guidance, twice the work. prompt_2: for T5, if another text. latents, and
@@ -150,15 +152,20 @@ class FluxPipeline(JointPipeline):
             return self._with_settings(settings, a, return_dict)
         pictures = {name: a.pop(name) for name in ("image", "mask_image", "control_image")}
         self._check_pictures(pictures)
+        learned = grid_of(a)
+        a["grid"] = None if learned is None else learned.to_dict()
         fill = "mask_image" in self.takes
         a["guidance_scale"] = scale_of(self, a, 30.0 if fill else 3.5)
-        if fill and num_inference_steps is None and "num_inference_steps" not in self.loaded.defaults:
+        if fill and (num_inference_steps, learned) == (None, None) and not self.loaded.defaults.get(
+                "num_inference_steps"):
             a["num_inference_steps"] = 50
         scale = number("true_cfg_scale", true_cfg_scale)
         guided = scale > 1 and (negative_prompt is not None or negative_prompt_embeds is not None)
 
         def table(height: int, width: int) -> StepTable:
             tokens = (height // self.multiple) * (width // self.multiple)
+            if learned is not None:
+                return learned.table(self.schedule, image_seq_len=tokens)
             if sigmas is None:
                 steps = number_of_steps(self, a)
                 given = np.linspace(1.0, 1 / steps, steps).tolist()

@@ -68,7 +68,7 @@ class JointPipeline(Pipeline):
     prompts: ClassVar[tuple[str, ...]]  # diffusers' argument for each text encoder
     # arguments that settings keep
     kept: ClassVar[tuple[str, ...]] = ("num_inference_steps", "sigmas", "guidance_scale", "max_sequence_length",
-                                       "solver", "mu")
+                                       "solver", "mu", "grid")
 
     @property
     def clip_encoders(self) -> list[TextEncoder]:

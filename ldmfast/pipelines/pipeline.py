@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,7 @@ from ..caches import Policy
 from ..errors import CheckpointError, LdmfastError
 from ..guidance import Guidance
 from ..models import REGISTRY, DiT, FluxTransformer2D, PixArt, SD3Transformer2D
+from ..samplers import TimeGrid
 from .inputs import GeneratorLike
 from .load import ASSETS, Components, load, resolve_device, resolve_precision
 from .lora import LoraMethods
@@ -207,6 +208,7 @@ class Pipeline(LoraMethods):
         cache: Policy | Sequence[Policy] | None = None,
         guidance: Guidance | Sequence[Guidance] | None = None,
         settings: Settings | str | None = None,
+        grid: TimeGrid | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
@@ -240,6 +242,8 @@ class Pipeline(LoraMethods):
             scale of what is given in its place; it stays beside the others.
         settings: a :class:`ldmfast.tuning.Settings`, or "auto" for those kept beside the model, in place of
             the arguments that they set; ``report`` says what they promise.
+        grid: learned steps (:meth:`learn_grid`), as a TimeGrid or the JSON file of one, in place of
+            ``num_inference_steps``, ``solver`` and the lists.
         prompt_weighting: reads "(word:1.3)", "((word))", "[word]" and BREAK in prompts, and encodes prompts of any
             length in chunks of the text encoder's size, as ComfyUI does (``ldmfast.pipelines.prompt_weights``).
         callback_on_step_end(call, step, timestep, {"latents": x}): may return {"latents": replacement};
@@ -279,6 +283,17 @@ class Pipeline(LoraMethods):
         from .repeat import repeat
 
         return repeat(self, settings, image=image, mask_image=mask_image, progress=progress)
+
+    def learn_grid(self, prompts: str | Sequence[str] | None = None, steps: int = 6, solver: str | None = None,
+                   **options: Any) -> TimeGrid:
+        """Few steps placed where they bring this model's pictures nearest to a fine solve, for ``grid`` of a call.
+
+        prompts: to learn from (default: some of its own). options: of :func:`ldmfast.pipelines.learn_grid.learn_grid`
+        (pictures, seed, iterations, ...), and arguments of a call, such as guidance_scale and height.
+        """
+        from .learn_grid import learn_grid
+
+        return learn_grid(self, prompts, steps, solver, **options)
 
     def __repr__(self) -> str:
         return f"ldmfast.Pipeline({self.source!r}, precision={self.precision!r}, device={str(self.device)!r})"

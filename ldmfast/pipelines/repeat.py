@@ -52,6 +52,8 @@ def repeat(pipe: Pipeline, settings: dict[str, Any], *, image: Any, mask_image: 
     arguments: dict[str, Any] = {k: settings[k] for k in _CALL}
     if arguments["timesteps"] is not None or arguments["sigmas"] is not None:
         arguments["num_inference_steps"] = None
+    if settings.get("grid") is not None:
+        arguments.update(grid=settings["grid"], num_inference_steps=None, solver=None)
     if settings["prompt"] is not None:
         arguments["prompt"] = [row["prompt"] for row in rows]
         if settings["negative_prompt"] is not None:

@@ -16,7 +16,7 @@ from ..guidance import CFG, UNCOND, Guidance, Plan, check_guidance
 from ..guidance import Call as Steps
 from ..loras import Choice
 from ..models import DiT, PixArt
-from ..samplers import StepTable, make_table
+from ..samplers import StepTable, TimeGrid, make_table
 from .aspect_ratio import trained_size
 from .inputs import RandomSource, check_inputs_of_callback, check_lists, check_size, image_size, random_source
 from .lora import choices
@@ -77,6 +77,7 @@ class Request:
     cache: tuple[Policy, ...]
     guidance: tuple[Guidance, ...]
     plan: Plan
+    grid: TimeGrid | None
 
     @classmethod
     def resolve(cls, pipe: Pipeline, **a: Any) -> Request:
@@ -88,6 +89,7 @@ class Request:
         check_lists(a)
         if a.get("clip_skip") is not None:
             whole("clip_skip", a["clip_skip"], 0)
+        a["grid"] = grid_of(a)
         per_prompt = whole("num_images_per_prompt", a["num_images_per_prompt"], 1)
         default_scale = defaults.get("guidance_scale", 5.0 if len(pipe.loaded.text_encoders) == 2 else 7.5)
         scale = number("guidance_scale", default_scale if a["guidance_scale"] is None else a["guidance_scale"])
@@ -128,7 +130,7 @@ class Request:
             original_size=a["original_size"] or size, crops_coords_top_left=tuple(a["crops_coords_top_left"]),
             target_size=a["target_size"] or size, callback=a["callback_on_step_end"], progress=bool(a["progress"]),
             cache=check_cache(a["cache"], pipe.unet, table.network_times.tolist()),
-            guidance=check_guidance(a["guidance"]), plan=plan,
+            guidance=check_guidance(a["guidance"]), plan=plan, grid=a["grid"],
         )
 
 
@@ -187,6 +189,17 @@ def _mode(pipe: Pipeline, image: Any, mask: Any) -> str:
         raise LdmfastError(f"the network takes {channels} input channels and the latents have {latent}: "
                            "this kind of conditioning is not supported")
     return mode
+
+
+def grid_of(a: dict[str, Any]) -> TimeGrid | None:
+    """The argument ``grid``, which nothing else may set the steps beside."""
+    if a["grid"] is None:
+        return None
+    for name in ("num_inference_steps", "timesteps", "sigmas", "solver", "eta"):
+        if a.get(name):
+            raise LdmfastError(f"grid holds the steps and their solver, so {name}={a[name]!r} has no place: leave it "
+                               "out")
+    return TimeGrid.of(a["grid"])
 
 
 def texts_of(name: str, value: Any) -> list[str]:
@@ -330,11 +343,15 @@ def _strength(value: Any, mode: str) -> float:
 
 
 def _solver(pipe: Pipeline, a: dict[str, Any]) -> str:
+    if a["grid"] is not None:
+        return str(a["grid"].solver)
     usual = "flow_euler" if pipe.schedule.flow else "dpmpp_2m"
     return str(a["solver"] or pipe.loaded.defaults.get("solver", usual))
 
 
 def _steps(pipe: Pipeline, a: dict[str, Any]) -> int:
+    if a["grid"] is not None:
+        return len(a["grid"].sigmas) - (not pipe.schedule.flow)
     if a["timesteps"] is not None or a["sigmas"] is not None:
         return len(a["timesteps"] if a["timesteps"] is not None else a["sigmas"])
     value = a["num_inference_steps"]
@@ -344,6 +361,9 @@ def _steps(pipe: Pipeline, a: dict[str, Any]) -> int:
 
 
 def _table(pipe: Pipeline, a: dict[str, Any], strength: float) -> StepTable:
+    if a["grid"] is not None:
+        found: StepTable = a["grid"].table(pipe.schedule, strength=strength)
+        return found
     explicit = a["timesteps"] is not None or a["sigmas"] is not None
     steps = None if explicit else _steps(pipe, a)
     eta = number("eta", a["eta"])

@@ -372,6 +372,7 @@ def _settings(pipe: Pipeline, request: Request) -> list[dict[str, Any]]:
                        and repeatable(request.cache) and guidance.repeatable(request.guidance)),
         "cache": [p.to_dict() for p in request.cache],
         "guidance": [g.to_dict() for g in request.guidance],
+        "grid": None if request.grid is None else request.grid.to_dict(),
         "vae_tiling": pipe.vae_tiling, "fused_loras": fused_settings(pipe),
     }
     rows = []

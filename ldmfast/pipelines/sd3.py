@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,11 +12,11 @@ import torch.nn.functional as F
 from ..caches import Policy
 from ..errors import LdmfastError
 from ..guidance import Guidance, SkipLayer
-from ..samplers import StepTable, make_table
+from ..samplers import StepTable, TimeGrid, make_table
 from .inputs import GeneratorLike
 from .joint import JointPipeline, number_of_steps, scale_of
 from .output import PipelineOutput
-from .request import number
+from .request import grid_of, number
 from .text import PromptEmbeds, encode_prompts
 
 if TYPE_CHECKING:
@@ -90,11 +91,12 @@ class StableDiffusion3Pipeline(JointPipeline):
         cache: Policy | Sequence[Policy] | None = None,
         guidance: Guidance | Sequence[Guidance] | None = None,
         settings: Settings | str | None = None,
+        grid: TimeGrid | Mapping[str, Any] | str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> PipelineOutput | tuple[Any, None]:
         """Generate pictures; names, meanings and defaults are diffusers' (28 steps, guidance 7), but for ``generator``,
-        ``solver`` (default: the checkpoint's), ``cache``, ``guidance``, ``settings`` and ``progress``, which
-        are as in Pipeline.
+        ``solver`` (default: the checkpoint's), ``cache``, ``guidance``, ``settings``, ``grid`` and
+        ``progress``, which are as in Pipeline.
 
         prompt_2, prompt_3: for the second CLIP encoder and T5, if other texts. latents: (N, C, h, w).
         skip_guidance_layers: blocks left out in a third prediction, from which the result is pushed away by
@@ -104,7 +106,8 @@ class StableDiffusion3Pipeline(JointPipeline):
         a = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "settings", "__class__")}
         if settings is not None:
             return self._with_settings(settings, a, return_dict)
-        scale = scale_of(self, a, 7.0)
+        scale, learned = scale_of(self, a, 7.0), grid_of(a)
+        a["grid"] = None if learned is None else learned.to_dict()
         if skip_guidance_layers is not None and not isinstance(skip_guidance_layers, Sequence):
             raise LdmfastError(f"skip_guidance_layers={skip_guidance_layers!r} is not a list of numbers of blocks")
         layers = () if skip_guidance_layers is None or scale <= 1 else tuple(skip_guidance_layers)
@@ -114,6 +117,8 @@ class StableDiffusion3Pipeline(JointPipeline):
 
         def table(height: int, width: int) -> StepTable:
             patches = (height // self.multiple) * (width // self.multiple)
+            if learned is not None:
+                return learned.table(self.schedule, mu=mu, image_seq_len=patches)
             steps = None if sigmas is not None else number_of_steps(self, a)
             return make_table(self.schedule, solver or self.loaded.defaults.get("solver"), steps, sigmas=a["sigmas"],
                               mu=mu, image_seq_len=patches)

@@ -10,14 +10,17 @@ from __future__ import annotations
 from .bridge import Bridge, bridge
 from .configs import CLASS_TO_SOLVER, SOLVER_TO_CLASS, solver_of
 from .groups import representation_guidance, sample_stages
+from .learn_grid import learn_grid
 from .registry import SOLVERS, make_table, solver_options, start_step
 from .sample import StopSampling, sample
 from .schedules import Schedule
 from .sit import Interpolant, sit
 from .step_table import Clip, StepTable, TableBuilder
+from .time_grid import TimeGrid
 
 __all__ = [
     "CLASS_TO_SOLVER", "SOLVERS", "SOLVER_TO_CLASS", "Bridge", "Clip", "Interpolant", "Schedule", "StepTable",
-    "StopSampling", "TableBuilder", "bridge", "make_table", "representation_guidance", "sample", "sample_stages",
+    "StopSampling", "TableBuilder", "TimeGrid", "bridge", "learn_grid", "make_table",
+    "representation_guidance", "sample", "sample_stages",
     "sit", "solver_of", "solver_options", "start_step",
 ]
