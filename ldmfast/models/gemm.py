@@ -341,8 +341,9 @@ class Conv2d(Direct, nn.Conv2d):
 
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None, upsample: bool) -> Tensor:
         if w.own:
-            codes = x if isinstance(x, Quantized) else (x, None, None)
-            return ops.conv2d_q8(*codes, w.values, w.scale, w.sums, w.bias, residual, upsample=upsample, **self.sizes())
+            values, step, zero = x if isinstance(x, Quantized) else (x, None, None)
+            return ops.conv2d_q8(values, step, zero, w.values, w.scale, w.sums, w.bias, residual, upsample=upsample,
+                                 **self.sizes())
         if isinstance(x, Tensor):
             x = Quantized(*ops.quantize(ops.upsample2x(x) if upsample else x, pad=self.border))
         if w.layout is None or x.values.numel() == 0:

@@ -27,8 +27,8 @@ class Drawn:
     """images: (n, 3, H, W) in [0, 1] on the CPU. seconds: of the whole call (``_now``). parts: "text" (until the
     network's first evaluation: text encoders, checks, all that is computed once), "denoise", "decode".
     step_seconds: of each step. evaluations: of the network, a picture (guidance branches that run together are one).
-    rows: the same with each branch counted. memory: bytes at the peak over those before the call, None where that cannot be seen.
-    made: the call's settings as a PNG keeps them. report: of its cache.
+    rows: the same with each branch counted. memory: bytes at the peak over those before the call, None where that
+    cannot be seen. made: the call's settings as a PNG keeps them. report: of its cache.
     """
 
     images: Tensor
