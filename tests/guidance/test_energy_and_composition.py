@@ -108,7 +108,8 @@ def test_energy_in_a_pipeline(tiny) -> None:
     alone = pipe(PROMPTS[1], **CALL | {"generator": [5]}, guidance=guidance).images
     torch.testing.assert_close(out.images[1:], alone, rtol=0, atol=1e-5)
     assert out.settings[0]["guidance"][0]["energy"] == "energy" and not out.settings[0]["repeatable"]
-    for bad, words in ((lambda p: p.sum(), "one number a picture"), (lambda p: p.detach().sum((1, 2, 3)), "no gradient")):
+    wrong = {"one number a picture": lambda p: p.sum(), "no gradient": lambda p: p.detach().sum((1, 2, 3))}
+    for words, bad in wrong.items():
         with pytest.raises(ldmfast.LdmfastError, match=words):
             pipe(PROMPTS[0], **CALL, guidance=Energy(energy=bad))
 
@@ -173,7 +174,8 @@ def test_composition_of_prompts(tiny) -> None:
     pipe = tiny["exact"]
     cfg = pipe(PROMPTS[0], **CALL, guidance_scale=4.0).images
     with rows_of(pipe.unet) as seen:
-        twice = pipe(PROMPTS[0], **CALL, guidance_scale=1.5, guidance=Compose(prompts=[PROMPTS[0]], scales=[2.5])).images
+        own = Compose(prompts=[PROMPTS[0]], scales=[2.5])
+        twice = pipe(PROMPTS[0], **CALL, guidance_scale=1.5, guidance=own).images
     assert seen == [3] * 5
     torch.testing.assert_close(twice, cfg, rtol=0, atol=1e-4)
     given = Compose(prompts=PROMPTS, scales=[1.0, 3.0])
@@ -203,7 +205,7 @@ def test_composed_exact_scores_are_the_products() -> None:
 
 
 def test_compartments_pool_to_the_whole() -> None:
-    """Posterior weights make of two exact denoisers that of the pooled mixture, to rounding; a forgotten one is gone."""
+    """Posterior weights make of two exact denoisers that of the pooled mixture; a forgotten one is gone."""
     left, weights = Mixture(MEANS[:1], [1.0], 0.35), torch.tensor([0.5, 0.5], dtype=torch.float64)
     laws = [left, LABELLED]
 
@@ -223,7 +225,8 @@ def test_compartments_pool_to_the_whole() -> None:
 
 def test_fused_gaussians_are_their_product() -> None:
     """Against the density itself: log N1^a + log N2^b has this mean as its peak and this variance as its curvature."""
-    means, variances, a = [torch.tensor([0.3, -1.0]).double(), torch.tensor([2.0, 1.0]).double()], [0.5, 2.0], [0.7, 1.8]
+    means = [torch.tensor([0.3, -1.0]).double(), torch.tensor([2.0, 1.0]).double()]
+    variances, a = [0.5, 2.0], [0.7, 1.8]
     mean, variance = product(means, variances, a)
     with torch.enable_grad():
         at = mean.clone().requires_grad_()
