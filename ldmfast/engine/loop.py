@@ -56,7 +56,7 @@ class Loop:
         self.states = [room(s, rows) for s in denoiser.states]
         # the call's own are not kept
         vars(self.denoiser).update(states=[], extra=None, unet=unet, unets=[], pipe=None, request=None,
-                                   network_time=None, forwards=[], sessions=[])
+                                   forwards=[], sessions=[], seen=[], memory={})
         self.unet, self.sides = unet, Sides(unet)
         embed = getattr(unet, "pos_embed", None)
         self.positions = embed.positions(x) if isinstance(embed, PatchEmbed) else None  # nobody else keeps them

@@ -11,17 +11,24 @@ from typing import Any
 
 from ..errors import LdmfastError
 from .apg import APG
+from .autoguidance import AutoGuidance
 from .cfg import CFG
 from .cfg_zero import CFGZero
-from .guide import COND, UNCOND, Branch, Call, Guidance, Plan
+from .compose import Compose, mixture, product, united
+from .energy import Classifier, Energy
+from .guide import COND, EXTRA, UNCOND, Branch, Call, Guidance, Plan
+from .minority import Minority
+from .pag import PAG
+from .sag import SAG
+from .seg import SEG
 from .skip_layer import SkipLayer
 from .tangential import TangentialCFG
 
 GUIDANCES: dict[str, type[Guidance]] = {g.__name__: g for g in (
-    APG, CFG, CFGZero, SkipLayer, TangentialCFG)}
+    APG, CFG, CFGZero, PAG, SAG, SEG, AutoGuidance, Classifier, Compose, Energy, Minority, SkipLayer, TangentialCFG)}
 
-__all__ = ["COND", "GUIDANCES", "UNCOND", "Branch", "Call", "Guidance", "Plan", "check_guidance", "from_settings",
-           "repeatable", *GUIDANCES]
+__all__ = ["COND", "EXTRA", "GUIDANCES", "UNCOND", "Branch", "Call", "Guidance", "Plan", "check_guidance",
+           "from_settings", "mixture", "product", "repeatable", "united", *GUIDANCES]
 
 
 def check_guidance(guidance: Any) -> tuple[Guidance, ...]:

@@ -26,39 +26,76 @@ Array = np.ndarray
 
 
 @dataclass(frozen=True)
+class Source:
+    """What makes a branch's x of the prediction of another one, which comes first."""
+
+    of: Branch
+
+    def place(self, network: Any) -> int | None:
+        """The block whose self-attention is looked at while ``of`` is evaluated, None for none."""
+        return None
+
+    def spy(self, keep: Callable[[Tensor], None]) -> Any:
+        """That self-attention, which hands over what it sees."""
+        raise NotImplementedError
+
+    def shown(self, x: Tensor, out: Tensor, seen: Tensor | None, at: At) -> Tensor:
+        """x as ``of`` was shown it, its prediction, and what the spy kept -> x of this branch, all pictures."""
+        raise NotImplementedError
+
+    def time(self, t: float) -> float:
+        """The network's time of this branch, for that of ``of``."""
+        return t
+
+
+@dataclass(frozen=True)
 class Branch:
-    """One prediction of an evaluation. condition: whose conditions it has, "cond", "uncond" or "prompt 0", ...
-    perturb: what its self-attention does in some blocks. skip: blocks that it leaves out. network: another one."""
+    """One prediction of an evaluation. condition: whose conditions it has, "cond", "uncond" or EXTRA and a text.
+    perturb: what its self-attention does in some blocks. skip: blocks that it leaves out. network: another one.
+    source: it is shown another x."""
 
     name: str
     condition: str = "cond"
     perturb: Perturb | None = None
     skip: tuple[int, ...] = ()
     network: Any = None
+    source: Source | None = None
 
     @property
     def apart(self) -> Hashable:
         """What branches of one forward have in common."""
-        return self.skip, self.network
+        return self.skip, self.network, self.source
 
 
 COND, UNCOND = Branch("cond"), Branch("uncond", "uncond")
+EXTRA = "prompt "  # begins the condition of a branch that has a text of its own
 
 
 @dataclass(frozen=True)
 class Call:
     """What is known before the first evaluation. table: without guidance. scale: the call's guidance_scale.
     prediction: what the network predicts. levels: (stages, 2), alpha and sigma of what the network is shown,
-    alpha * picture + sigma * noise."""
+    alpha * picture + sigma * noise. uncond: (stages,) bool, where what stands in the place of classifier-free guidance
+    needs the unconditional prediction."""
 
     table: StepTable
     scale: float = 1.0
     prediction: str = "epsilon"
     levels: Array = field(default_factory=lambda: np.zeros((0, 2)))
+    uncond: Array = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    schedule: Schedule | None = None
 
     @classmethod
     def of(cls, schedule: Schedule, table: StepTable, scale: float = 1.0) -> Call:
-        return cls(table, scale, schedule.prediction_type, levels(schedule, table.network_times))
+        return cls(table, scale, schedule.prediction_type, levels(schedule, table.network_times), schedule=schedule)
+
+    def level(self, t: float) -> tuple[float, float]:
+        """alpha and sigma of what the network is shown at a time of its own choice. Raises LdmfastError for none."""
+        schedule = self.schedule
+        if schedule is None or not 0 < t < schedule.num_train_timesteps:
+            raise LdmfastError(f"time={t:g} is not a time of the schedule")
+        alpha, sigma = levels(schedule, np.array([t]))[0]
+        return float(alpha), float(sigma)
 
     @property
     def step(self) -> Array:
@@ -152,6 +189,10 @@ class Plan:
             raise LdmfastError(f"{type(bases[0]).__name__} and {type(bases[1]).__name__} both stand in the place of "
                                "classifier-free guidance; give one of the two")
         stages = call.table.num_stages
+        needs = np.zeros(stages, dtype=bool)
+        for base in bases:
+            needs |= (np.asarray(base.terms(call).get(UNCOND, needs)) != 0) | base.reads(call).get(UNCOND, needs)
+        call = dataclasses.replace(call, uncond=needs)
         weights: dict[Branch, Array] = {COND: np.ones(stages)}
         reads: dict[Branch, Array] = {}
         for one in guidance:
@@ -181,10 +222,17 @@ class Plan:
         return not self.curved and not self.rescale
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """Prompts that branches have beside the call's."""
+        return tuple(dict.fromkeys(b.condition[len(EXTRA):] for b in self.branches if b.condition.startswith(EXTRA)))
+
+    @property
     def unsteady(self) -> str:
         """Why not every evaluation does the same with one forward of the plain network; empty if it does."""
         if any(b.skip for b in self.branches):
             return "skip-layer guidance evaluates another network at some of the steps"
+        if any(b.source is not None for b in self.branches):
+            return "its guidance evaluates the network again, at what it makes of the first evaluation"
         if any(b.network is not None for b in self.branches):
             return "its guidance evaluates a second network"
         if any(b.perturb is not None for b in self.branches):

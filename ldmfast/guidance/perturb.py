@@ -14,6 +14,8 @@ from .. import ops
 from ..errors import LdmfastError
 from ..models.hooks import Attend
 
+Own = Callable[..., Tensor]  # (q, k, v, bias, text, size)
+
 
 @dataclass(frozen=True)
 class Perturb:
@@ -22,8 +24,9 @@ class Perturb:
 
     layers: tuple[str, ...] = ("mid",)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, text: int) -> Tensor:
-        """(N, tokens, heads, head_dim) in and out; the first ``text`` of the keys are the text's."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, text: int, size: tuple[int, int]) -> Tensor:
+        """(N, tokens, heads, head_dim) in and out; the first ``text`` of the keys are the text's. size: height and
+        width of the latents."""
         raise NotImplementedError
 
     def places(self, network: Any) -> frozenset[int]:
@@ -82,13 +85,23 @@ def check_layers(layers: Any) -> tuple[str, ...]:
     return tuple(several)
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, text: int) -> Tensor:
+def grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a picture's tokens, of latents of this size. Raises LdmfastError where they are no grid."""
+    for step in range(1, max(size) + 1):
+        for h, w in ((-(-size[0] // step), -(-size[1] // step)), (size[0] // step, size[1] // step)):
+            if h * w == tokens:
+                return h, w
+    raise LdmfastError(f"{tokens} tokens are no grid over latents of {size[0]}x{size[1]}: ask for a height and width "
+                       "that the network halves evenly")
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, text: int, size: object = None) -> Tensor:
     return ops.attention(q, k, v, bias=bias)
 
 
-def by_branch(attends: Sequence[Attend | None]) -> Attend:
+def by_branch(attends: Sequence[Own | None], size: tuple[int, int]) -> Attend:
     """Of a batch of branches: what each of them does, None for nothing else than the network."""
-    runs: list[tuple[int, Callable[..., Tensor]]] = []  # neighbours that do the same, as one
+    runs: list[tuple[int, Own]] = []  # neighbours that do the same, as one
     for attend in attends:
         own = attend or plain
         if runs and runs[-1][1] is own:
@@ -102,7 +115,7 @@ def by_branch(attends: Sequence[Attend | None]) -> Attend:
             rows = slice(done * n, (done + count) * n)
             done += count
             own = bias if bias is None or len(bias) == 1 else bias[rows]
-            outs.append(attend(q[rows], k[rows], v[rows], own, text))
+            outs.append(attend(q[rows], k[rows], v[rows], own, text, size))
         return torch.cat(outs) if len(outs) > 1 else outs[0]
 
     return batch

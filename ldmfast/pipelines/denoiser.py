@@ -111,14 +111,14 @@ class Denoiser(Guided):
         return int(self.states[0].numbers[float(t)])
 
     def __call__(self, x: torch.Tensor, t: float, stage: int) -> Any:
-        return self.evaluate(x, self._shown(x, self.extra), t, stage)
+        return self.evaluate(x, self.shown(x, self.extra), t, stage)
 
     def predict(self, x: torch.Tensor, extra: torch.Tensor | None, networks: Sequence[Network]) -> Any:
         """Of a steady plan. networks: the UNet of each group of pictures, its time and conditions filled in."""
-        outs = self.batch(self._shown(x, extra), self.branches, networks)
+        outs = self.batch(self.shown(x, extra), self.branches, networks)
         return self.plan.outputs(dict(zip(self.plan.branches, outs)), 0, x, {})
 
-    def _shown(self, x: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
+    def shown(self, x: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
         return (x if extra is None else torch.cat([x, extra.to(x.dtype)], dim=1)).to(self.dtype)
 
     def trimmed(self, y: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..caches import Policy, Session
-from ..guidance import Branch, Plan
+from ..guidance import COND, Branch, Plan
+from ..guidance.guide import At, Source
 from ..guidance.perturb import by_branch
 from ..models.hooks import Hooks
 
@@ -31,6 +32,11 @@ class Forward:
     cached: bool
     hooks: list[Hooks | None]
 
+    @property
+    def source(self) -> Source | None:
+        """What makes the x of these branches of another one's prediction."""
+        return self.branches[0].source
+
 
 class Guided:
     """What the denoisers share: groups of pictures with a network each, and of each evaluation the forwards.
@@ -39,17 +45,19 @@ class Guided:
     """
 
     extra: Tensor | None
+    dtype: torch.dtype
 
     def __init__(self, plan: Plan, networks: Sequence[Any], groups: Sequence[Index], times: Sequence[float],
                  prepare: Prepare, cache: Sequence[Policy]) -> None:
         self.plan, self.unets, self.groups = plan, list(networks), list(groups)
         self.memory: dict[int, dict[str, Any]] = {}
+        self.seen: list[dict[Source, Tensor]] = [{} for _ in self.groups]
         self.sessions = [Session.of(cache, unet, times) for unet in self.unets]
         active = [plan.active(stage) for stage in range(len(times))]
         shared: dict[tuple[Branch, ...], list[float]] = {}
         for t, branches in zip(times, active):
             for some in together(branches):
-                shared.setdefault(some, []).append(float(t))
+                shared.setdefault(some, []).append(self._time(some[0].source, float(t)))
         if not shared:
             shared = {some: [] for some in together(plan.branches)}
         made = {some: self._forward(some, list(dict.fromkeys(own)), prepare, len(times))
@@ -66,8 +74,8 @@ class Guided:
         states = [prepare(unet, conditions, g, times) for g, unet in enumerate(networks)]
         alone = [None if s is None or not 0 < s.single_from < stages or len(branches) == 1 else
                  prepare(unet, conditions[-1:], g, times) for g, (s, unet) in enumerate(zip(self.sessions, networks))]
-        hooks = [_hooks(branches, unet, skip) for unet in networks]
-        return Forward(branches, networks, states, alone, other is None and not skip, hooks)
+        cached = other is None and not skip and branches[0].source is None
+        return Forward(branches, networks, states, alone, cached, [])
 
     def evaluate(self, x: Tensor, shown: Tensor, t: float, stage: int) -> Any:
         """x: what is sampled, as the network is shown it. shown: with all that the network sees beside it, in its
@@ -76,9 +84,44 @@ class Guided:
         for forward in self.forwards[stage]:
             if forward.cached:
                 self._restart_before(forward)
-            networks = [partial(self._network, forward, g, t, stage) for g in range(len(self.groups))]
-            outs |= zip(forward.branches, self.batch(shown, len(forward.branches), networks))
+            if not forward.hooks:
+                size = (int(x.shape[-2]), int(x.shape[-1]))
+                forward.hooks = [self._hooks(forward.branches, g, n, size) for g, n in enumerate(forward.networks)]
+            source, own, time = forward.source, shown, t
+            if source is not None:
+                seen = [s[source] for s in self.seen if source in s]
+                at = At(stage, self.plan.call, x, {})
+                looked = self.ordered(torch.cat(seen)) if seen else None
+                own = self.shown(source.shown(x, outs[source.of], looked, at), self.extra)
+                time = self._time(source, t)
+            networks = [partial(self._network, forward, g, time, stage) for g in range(len(self.groups))]
+            found = self.batch(own, len(forward.branches), networks)
+            outs |= zip(forward.branches, found if forward.cached else [y.to(self.dtype) for y in found])
         return self.plan.outputs(outs, stage, x, self.memory)
+
+    def _time(self, source: Source | None, t: float) -> float:
+        """The network's time of a branch; a source may have one of its own, in the schedule's time."""
+        own = t if source is None else source.time(t)
+        return t if own == t else self.network_time(own)
+
+    def _hooks(self, branches: Sequence[Branch], group: int, network: Any, size: tuple[int, int]) -> Hooks | None:
+        """What changes in the network: perturbed attention, attention that is looked at, and blocks left out."""
+        sources = [b.source for b in self.plan.branches if b.source is not None and b.source.of in branches]
+        sources = [] if branches[0].apart != COND.apart else sources
+        watched = [s for s in sources if s.place(network) is not None]
+        skip = branches[0].skip
+        if not skip and not watched and all(b.perturb is None for b in branches):
+            return None
+        by_place: dict[int, list[Any]] = {}
+        for i, branch in enumerate(branches):
+            for place in () if branch.perturb is None else branch.perturb.places(network):
+                by_place.setdefault(place, [None] * len(branches))[i] = branch.perturb.attend  # type: ignore[union-attr]
+        for source in watched:
+            place = source.place(network)
+            assert place is not None
+            own = by_place.setdefault(place, [None] * len(branches))
+            own[branches.index(source.of)] = source.spy(partial(self.seen[group].__setitem__, source))
+        return Hooks({place: by_branch(own, size) for place, own in by_place.items()}, frozenset(skip))
 
     def _restart_before(self, forward: Forward) -> None:
         """What a cache holds has rows of the branches that were evaluated together, and is of no use to others."""
@@ -105,6 +148,14 @@ class Guided:
                  for group, network in zip(self.groups, networks)]
         return [self.ordered(p[0] if len(parts) == 1 else torch.cat(p)) for p in zip(*parts)]
 
+    def shown(self, x: Tensor, extra: Tensor | None) -> Tensor:
+        """x with all that the network sees beside it, in its dtype."""
+        raise NotImplementedError
+
+    def network_time(self, t: float) -> float:
+        """What the network is told for the scheduler's time."""
+        return t
+
     def trimmed(self, y: Tensor) -> Tensor:
         """Of what a network gives, the prediction."""
         return y
@@ -115,18 +166,9 @@ class Guided:
 
 
 def together(branches: Sequence[Branch]) -> list[tuple[Branch, ...]]:
-    """The branches by forwards, in the order of the first of each."""
+    """The branches by forwards: first what shares one with the conditional, then by themselves, last what is made of
+    another's prediction."""
     lots: dict[Hashable, list[Branch]] = {}
-    for branch in branches:
+    for branch in sorted(branches, key=lambda b: (b.source is not None, b.apart != COND.apart)):
         lots.setdefault(branch.apart, []).append(branch)
     return [tuple(lot) for lot in lots.values()]
-
-
-def _hooks(branches: Sequence[Branch], network: Any, skip: Sequence[int]) -> Hooks | None:
-    if not skip and all(b.perturb is None for b in branches):
-        return None
-    places = [b.perturb.places(network) if b.perturb is not None else frozenset() for b in branches]
-    attend = {place: by_branch([b.perturb.attend if b.perturb is not None and place in own else None
-                                for b, own in zip(branches, places)])
-              for place in frozenset().union(*places)}
-    return Hooks(attend, frozenset(skip))

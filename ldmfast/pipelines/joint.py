@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import __version__
 from ..caches import CacheReport, Policy, check_cache, from_settings, repeatable
 from ..errors import LdmfastError, ShapeError
-from ..guidance import UNCOND, Guidance, Plan, check_guidance
+from ..guidance import EXTRA, Guidance, Plan, check_guidance
 from ..guidance import Call as Steps
 from ..guidance import from_settings as guidance_from
 from ..guidance import repeatable as all_plain
@@ -23,7 +23,7 @@ from .inputs import RandomSource, check_inputs_of_callback, check_lists, check_s
 from .output import PipelineOutput, to_output
 from .pipeline import Pipeline
 from .repeat import check_settings
-from .request import OUTPUT_TYPES, check_suits, number, settle, texts_of, whole
+from .request import OUTPUT_TYPES, check_suits, needs_uncond, number, settle, texts_of, whole
 from .run import decode, explain_not_finite, fits_memory, sample_latents
 from .t5_text import T5Encoder, check_limit
 from .text import PromptEmbeds, TextEncoder
@@ -142,7 +142,10 @@ class JointPipeline(Pipeline):
         check_suits(self.unet, guidance, True, False)
         plan = Plan.of(guidance, Steps.of(self.schedule, table(int(height), int(width)), scale))
         negative_texts = negative_embeds = None
-        if UNCOND in plan.branches:
+        if plan.texts and texts is None:
+            raise LdmfastError(f"a guidance has a prompt of its own, {plan.texts[0]!r}: give the call a prompt, too, "
+                               "and not prompt_embeds")
+        if needs_uncond(plan):
             negative_texts, negative_embeds = self._negatives(a, count, embeds)
         shape, latents = self.latents_shape(count * per_prompt, height, width), a["latents"]
         if latents is not None and (not isinstance(latents, Tensor) or tuple(latents.shape) != shape):
@@ -236,6 +239,10 @@ class JointPipeline(Pipeline):
                 embeds = self.encode(texts, request.max_sequence_length, clip_skip)
             if embeds is not None:
                 found[name] = embeds.repeat(request.per_prompt)
+        for text in request.plan.texts:
+            column = [text] * (request.pictures // request.per_prompt)
+            embeds = self.encode([column] * len(self.prompts), request.max_sequence_length, request.clip_skip)
+            found[EXTRA + text] = embeds.repeat(request.per_prompt)
         shapes = [(tuple(f.states.shape), None if f.pooled is None else tuple(f.pooled.shape)) for f in found.values()]
         if len(set(shapes)) > 1:
             raise ShapeError(f"the negative prompt's embeddings are {shapes[0]}, the prompt's {shapes[1]}: give both "
@@ -313,7 +320,7 @@ class JointDenoiser(Guided):
     def __init__(self, pipe: JointPipeline, request: JointRequest, conditions: Mapping[str, PromptEmbeds],
                  beside: Tensor | None = None) -> None:
         self.pipe, self.request, self.extra = pipe, request, beside
-        self.unet, self.dtype, self.network_time = pipe.unet, pipe.unet.dtype, pipe.network_time
+        self.unet, self.dtype = pipe.unet, pipe.unet.dtype
         n = request.pictures
         groups = [slice(i, i + 1) for i in range(n)] if pipe.precision == "exact" else [slice(0, n)]
 
@@ -328,19 +335,21 @@ class JointDenoiser(Guided):
         super().__init__(request.plan, [pipe.unet] * len(groups), groups, times, prepare, request.cache)
 
     def __call__(self, x: Tensor, t: float, stage: int) -> Any:
-        return self.evaluate(x, self._shown(x, self.extra), self.network_time(float(t)), stage)
+        return self.evaluate(x, self.shown(x, self.extra), self.network_time(float(t)), stage)
+
+    def network_time(self, t: float) -> float:
+        return self.pipe.network_time(t)
 
     def row(self, t: float) -> int:
         """The number of a timestep in the states."""
         return int(self.states[0].numbers[self.network_time(float(t))])
 
-    @staticmethod
-    def _shown(x: Tensor, extra: Tensor | None) -> Tensor:
+    def shown(self, x: Tensor, extra: Tensor | None) -> Tensor:
         return x if extra is None else torch.cat([x, extra.to(x)], dim=-1)
 
     def predict(self, x: Tensor, extra: Tensor | None, networks: Sequence[Callable[[Tensor], Tensor]]) -> Any:
         """Of a steady plan. networks: that of each group of pictures, its time and conditions filled in."""
-        outs = self.batch(self._shown(x, extra), self.branches, networks)
+        outs = self.batch(self.shown(x, extra), self.branches, networks)
         return self.plan.outputs(dict(zip(self.plan.branches, outs)), 0, x, {})
 
 

@@ -100,7 +100,10 @@ class Request:
         guidance = settle(a["guidance"], scale, scale > 1 and not embedded and conditional, rescale)
         check_suits(pipe.unet, guidance, conditional, embedded)
         plan = Plan.of(guidance, Steps.of(pipe.schedule, _table(pipe, a, strength), scale))
-        guided, table = UNCOND in plan.branches, plan.table()
+        guided, table = needs_uncond(plan), plan.table()
+        if plan.texts and a["prompt"] is None:
+            raise LdmfastError(f"a guidance has a prompt of its own, {plan.texts[0]!r}: give the call a prompt, too, "
+                               "and not prompt_embeds")
         prompts, negatives, count = _prompts(pipe, a, guided)
         pictures = count * per_prompt
         asked = height, width = _size(pipe, a, mode)
@@ -145,6 +148,10 @@ def settle(given: Any, scale: float, implied: bool, rescale: float = 0.0) -> tup
         raise LdmfastError(f"guidance_rescale={rescale:g} and rescale={getattr(base, 'rescale', 0.0):g} of the "
                            "guidance were both given; give one of the two")
     return tuple(dataclasses.replace(g, rescale=rescale) if g is base and rescale else g for g in found)
+
+
+def needs_uncond(plan: Plan) -> bool:
+    return any(b.condition == UNCOND.condition for b in plan.branches)
 
 
 def check_suits(network: Any, guidance: Sequence[Guidance], conditional: bool, embedded: bool) -> None:

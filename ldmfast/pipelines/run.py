@@ -104,45 +104,44 @@ def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
     return PipelineOutput(images, _settings(pipe, request), cancelled, report=CacheReport.of(denoiser.sessions))
 
 
-def _embeds(pipe: Pipeline, request: Request, casts: Sequence[Cast]
-            ) -> tuple[PromptEmbeds, PromptEmbeds | None] | None:
-    """Embeddings of the prompts and of the negative prompts, one row a picture."""
+def _embeds(pipe: Pipeline, request: Request, casts: Sequence[Cast]) -> dict[str, PromptEmbeds] | None:
+    """Embeddings by the names of the branches' conditions, one row a picture; None without a prompt."""
     if request.prompt_embeds is not None:
-        negative = request.negative_prompt_embeds
-        return (PromptEmbeds(request.prompt_embeds, request.pooled_prompt_embeds,
-                             request.prompt_attention_mask).repeat(request.per_prompt),
-                None if negative is None else
-                PromptEmbeds(negative, request.negative_pooled_prompt_embeds,
-                             request.negative_prompt_attention_mask).repeat(request.per_prompt))
+        found = {"cond": PromptEmbeds(request.prompt_embeds, request.pooled_prompt_embeds,
+                                      request.prompt_attention_mask).repeat(request.per_prompt)}
+        if request.negative_prompt_embeds is not None:
+            found["uncond"] = PromptEmbeds(request.negative_prompt_embeds, request.negative_pooled_prompt_embeds,
+                                           request.negative_prompt_attention_mask).repeat(request.per_prompt)
+        return found
     if request.prompts is None:
         return None
     encoded = [_encoded(pipe, request, c) for c in casts]
     if len(encoded) == 1:
         return encoded[0]
     back = torch.tensor([i for c in casts for i in c.pictures]).argsort()
-    negatives = [n for _, n in encoded if n is not None]
-    return (PromptEmbeds.cat([p for p, _ in encoded])[back],
-            PromptEmbeds.cat(negatives)[back] if negatives else None)
+    return {name: PromptEmbeds.cat([e[name] for e in encoded])[back] for name in encoded[0]}
 
 
-def _encoded(pipe: Pipeline, request: Request, one: Cast) -> tuple[PromptEmbeds, PromptEmbeds | None]:
+def _encoded(pipe: Pipeline, request: Request, one: Cast) -> dict[str, PromptEmbeds]:
     """The rows of the pictures that one set of networks draws."""
     assert request.prompts is not None
     encoders, count = one.text_encoders, len(one.pictures)
-    prompts, negatives = ([texts[i // request.per_prompt] for i in one.pictures] if texts is not None else None
-                          for texts in (request.prompts, request.negative_prompts))
-    assert prompts is not None
+    given = {"cond": request.prompts, "uncond": request.negative_prompts}
+    columns = {name: [column[i // request.per_prompt] for i in one.pictures]
+               for name, column in given.items() if column is not None}
     force_zeros = (request.negative_prompts is not None and not any(request.negative_prompts) and len(encoders) == 2
                    and pipe.loaded.index.get("force_zeros_for_empty_prompt", True))
-    texts = prompts + ([] if negatives is None or force_zeros else negatives)
+    if force_zeros:
+        del columns["uncond"]
+    columns |= {guidance.EXTRA + text: [text] * count for text in request.plan.texts}
+    texts = [text for column in columns.values() for text in column]
     if isinstance(encoders[0], T5Encoder):
         embeds = encoders[0].encode(texts, request.max_sequence_length)
     else:
         embeds = encode_prompts(encoders, texts, clip_skip=request.clip_skip, one_by_one=pipe.precision == "exact",
                                 weighting=request.prompt_weighting)
-    if force_zeros:
-        return embeds, embeds.zeros_like()
-    return embeds[:count], None if negatives is None else embeds[count:]
+    found = {name: embeds[i * count:(i + 1) * count] for i, name in enumerate(columns)}
+    return found | ({"uncond": found["cond"].zeros_like()} if force_zeros else {})
 
 
 def _conditions(pipe: Pipeline, request: Request, casts: Sequence[Cast]) -> dict[str, Conditions]:
@@ -168,9 +167,7 @@ def _conditions(pipe: Pipeline, request: Request, casts: Sequence[Cast]) -> dict
         resolution = sizes.expand(n, -1)
         ratio = torch.tensor([request.height / request.width], dtype=dtype, device=device).expand(n, -1)
     found = {}
-    for name, rows in (("uncond", embeds[1]), ("cond", embeds[0])):
-        if rows is None:
-            continue
+    for name, rows in embeds.items():
         pooled = None if rows.pooled is None else rows.pooled.to(device, dtype)
         if time_ids is not None and pooled is None:
             raise LdmfastError("this network also needs pooled_prompt_embeds and negative_pooled_prompt_embeds")
