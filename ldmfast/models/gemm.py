@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from ..ops.linear_geglu import plain_weight, side_by_side
 from ..ops.pack_weight import image_weight
 from .direct import Direct
 from .onednn import INT8_SCHEMAS, SCHEMAS, Packed, as_expected
+from .quantized import Quantized, weight_sums
 from .rowwise import RowCodes, RowwiseWeight, rows_to_int8
 
 ONEDNN = as_expected(SCHEMAS, "products run through torch.nn.functional, which is slower")
@@ -30,20 +31,6 @@ _DTYPES = {torch.float32} | ({torch.bfloat16} if ONEDNN and torch.ops.mkldnn._is
 
 # whether products are ours where there are any (docs/performance.md, "Our own products")
 OWN = ops.CPU_LIBRARY.loaded and level() == "amx"
-
-_AT_ONCE = 1 << 20  # numbers of a weight that are converted at a time: they stay in cache
-
-
-class Quantized(NamedTuple):
-    """An activation of 8 bits: (values - zero_point) * scale, one scale for the tensor.
-
-    values: uint8 tokens (..., C), or an image (N, C, H + 2 p, W + 2 p), channels-last, that carries its own padding.
-    scale: fp32 (1,). zero_point: int32 (1,).
-    """
-
-    values: Tensor
-    scale: Tensor
-    zero_point: Tensor
 
 
 def _onednn(x: Tensor) -> bool:
@@ -63,14 +50,6 @@ def _packs_own(weight: Tensor, least: tuple[int, int] = (1, 1)) -> bool:
 
 def _at_least(weight: Tensor, least: tuple[int, int]) -> bool:
     return weight.shape[0] >= least[0] and weight.shape[1] >= least[1]
-
-
-def _sums(values: Tensor) -> Tensor:
-    """Of each output's int8 values, int32. In floating point, exactly: torch's integer sums take ten times as long."""
-    rows = values.flatten(1)
-    wide = torch.float32 if 127 * rows.shape[1] < 2**24 else torch.float64
-    some = max(1, _AT_ONCE // max(1, rows.shape[1]))
-    return torch.cat([part.to(wide).sum(1).int() for part in rows.split(some)]) if len(rows) else rows.sum(1).int()
 
 
 class Int8Weight(nn.Module):
@@ -93,7 +72,7 @@ class Int8Weight(nn.Module):
         self.packed = ONEDNN_INT8 and not self.own and values.device.type == "cpu"
         self.layout: Packed | None = None
         # what a zero point of 1 adds to each output
-        sums = _sums(values)
+        sums = weight_sums(values)
         if self.own:
             self.values = ops.pack_weight(side_by_side(values) if self.gated else values)
         elif self.packed and conv is not None:
@@ -121,10 +100,6 @@ class Int8Weight(nn.Module):
         elif self.own:
             values = image_weight(values, *self.shape[:2]).reshape(self.shape)
         return (values.float() * self.scale.view(-1, *[1] * (values.ndim - 1))).to(dtype)
-
-
-def _float(x: Quantized, dtype: torch.dtype) -> Tensor:
-    return ((x.values.float() - x.zero_point) * x.scale).to(dtype)
 
 
 def _column(x: Tensor) -> Tensor:
@@ -205,7 +180,7 @@ class Linear(Direct, nn.Linear):
             x = Quantized(*ops.quantize(x))
         dtype = torch.bfloat16 if residual is None else residual.dtype
         if not w.packed and not w.own:
-            out = F.linear(_float(x, torch.float32), w.dense(torch.float32), w.bias).to(dtype)
+            out = F.linear(x.dense(torch.float32), w.dense(torch.float32), w.bias).to(dtype)
             return out if residual is None else out.add_(residual)
         if x.values.numel() == 0:
             return x.scale.new_empty((*x.values.shape[:-1], self.out_features), dtype=dtype)
@@ -279,6 +254,7 @@ class GatedLinear(Linear):
             return Quantized(*ops.geglu_q8(y)) if codes else ops.geglu(y)
         if w is not None and w.own:
             x = Quantized(*ops.quantize(x)) if isinstance(x, Tensor) else x
+            assert isinstance(x, Quantized)
             return ops.linear_geglu_q8(*x, w.values, w.scale, w.sums, w.bias, out_features=inner)
         if w is None and self.own:
             assert isinstance(x, Tensor)
@@ -347,7 +323,7 @@ class Conv2d(Direct, nn.Conv2d):
         if isinstance(x, Tensor):
             x = Quantized(*ops.quantize(ops.upsample2x(x) if upsample else x, pad=self.border))
         if w.layout is None or x.values.numel() == 0:
-            out = F.conv2d(_float(x, torch.float32), w.dense(torch.float32), w.bias, self.stride, 0, self.dilation,
+            out = F.conv2d(x.dense(torch.float32), w.dense(torch.float32), w.bias, self.stride, 0, self.dilation,
                            self.groups).to(torch.bfloat16)
         else:
             # a zero point inside oneDNN's convolution costs a factor, so the bias takes its part; the border of the

@@ -174,7 +174,7 @@ def test_int8_conv(shape, library) -> None:
     values, scale = rows_to_int8(layer.weight)
     bias = layer.bias.double()
     layer.quantize()
-    plain = (draw(n, c, h, w) + 0.7).contiguous(memory_format=torch.channels_last)
+    plain = (draw(n, c, h, w) + 0.7).bfloat16().contiguous(memory_format=torch.channels_last)
     x = Quantized(*ops.quantize(plain, pad=layer.border))
     inner = exact_of(x)[:, :, layer.border:layer.border + h, layer.border:layer.border + w]
     exact = F.conv2d(inner, values.double() * scale.double().view(-1, 1, 1, 1), bias, stride, padding)
