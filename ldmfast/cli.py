@@ -144,7 +144,7 @@ def generate(
                 if precision is not None:
                     raise LdmfastError("--settings sets what --precision would: leave one of them out")
                 tuned = settings if settings == "auto" else Settings.load(settings)
-            pipe = _open(model or "tiny", precision or getattr(tuned, "precision", "exact"), device)
+            pipe = _open(model or "tiny", precision or str(getattr(tuned, "precision", "exact")), device)
             loaded = time.perf_counter()
             given = {"image": _picture(image), "mask_image": _picture(mask), "strength": strength}
             sources: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -131,8 +131,9 @@ def policies(text: str | None) -> tuple[Policy, ...]:
         if (not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args
                 or node.func.id not in POLICIES or any(k.arg is None for k in node.keywords)):
             raise ValueError(f"not a policy with named arguments; there are {', '.join(POLICIES)}")
-        values = {str(k.arg): one(k.value) if isinstance(k.value, ast.Call) else ast.literal_eval(k.value)
-                  for k in node.keywords}
+        values: dict[str, Any] = {
+            str(k.arg): one(k.value) if isinstance(k.value, ast.Call) else ast.literal_eval(k.value)
+            for k in node.keywords}
         return POLICIES[node.func.id](**values)
 
     def several(node: ast.expr) -> list[Policy]:

@@ -87,8 +87,9 @@ def combinations(measure: Measure, reference: Settings, measured: Sequence[Candi
         (policy,) = c.settings.cache
         if len(found) >= COMBINED + 7:
             break
-        placed = isinstance(policy, TaylorSeer) and policy.on == "output" and not isinstance(policy.interval, int)
-        if even and placed and c.mean >= measure.limit:
+        if not even or c.mean < measure.limit:
+            continue
+        if isinstance(policy, TaylorSeer) and policy.on == "output" and not isinstance(policy.interval, int):
             shallow = DeepCache(interval=tuple(policy.interval)[::2])
             for precision in dict.fromkeys([reference.precision, *(p.settings.precision for p in cheap)]):
                 found.append(Candidate(dataclasses.replace(c.settings, precision=precision, cache=(policy, shallow))))
