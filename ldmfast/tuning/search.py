@@ -137,30 +137,31 @@ def guard_limit(measure: Measure, learnt: Candidate) -> float | None:
     return math.sqrt(measure.squared(measure.limit)) / top if ratios and 0 < top < math.inf else None
 
 
-def run(measure: Measure, turn: Turn, first: Sequence[Candidate], later: Callable[[list[Candidate]], list[Candidate]],
-        calibration: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], search_ends: Callable[[], bool],
-        ) -> tuple[Candidate | None, list[Candidate]]:
+def run(measure: Measure, turn: Turn, test: Turn, first: Sequence[Candidate],
+        later: Callable[[list[Candidate]], list[Candidate]], calibration: Sequence[Sequence[int]],
+        held_out: Sequence[Sequence[int]]) -> tuple[Candidate | None, list[Candidate]]:
     """The chosen candidate, tested on held-out prompts, and all that were measured on calibration prompts.
 
     first: single changes, all drawn for the first part of the calibration turns. later: combinations, made from what
     these showed. Both then compete over the other turns, where only half goes on after each (successive halving:
-    Karnin et al. 2013). search_ends: whether what is left of the time belongs to the held-out prompts."""
+    Karnin et al. 2013). turn draws while the time of the search lasts, test on held-out prompts while any is left."""
     half = max(1, len(calibration) // 2)
     alive = list(first)
     for part in calibration[:half]:
-        if not turn(alive, part) or search_ends():
+        if not turn(alive, part):
             break
     measured = [c for c in alive if c.values]
     alive = [*later(measured), *survivors(measure, measured, 8)]
     for part in calibration[half:]:
-        if search_ends() or not turn(alive, part):
-            break
+        more = turn(alive, part)
         measured += [c for c in alive if c.values and not any(c is m for m in measured)]
         alive = survivors(measure, alive, max(2 * FINALISTS, len(alive) // 2))
+        if not more:
+            break
     count = sum(map(len, held_out))
     ordered = finalists(measure, measured, max(count, 2)) if measured else []
     for part in held_out if ordered else ():
-        if not turn(ordered, part):
+        if not test(ordered, part):
             break
     complete = min((len(c.values) for c in ordered), default=0)  # a last turn may have been cut short
     for c in ordered:

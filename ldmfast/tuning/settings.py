@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -183,9 +183,9 @@ class Settings:
                                    "not hold; call pipe.tune(...) again")
 
 
-def short(policy: Policy | Guidance) -> str:
+def short(policy: Any) -> str:
     """A policy or guidance without the arguments that are at their defaults."""
-    fields: Any = dataclasses.fields(cast(Any, policy))
+    fields = dataclasses.fields(policy)
     own = {f.name: getattr(policy, f.name) for f in fields}
     words = [f"{f.name}={short(own[f.name]) if isinstance(own[f.name], Policy) else repr(own[f.name])}"
              for f in fields if own[f.name] != f.default]

@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..pipelines import Pipeline
+
+
+SEARCH = 0.55  # of the budget; the rest is for held-out prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,16 +173,17 @@ class _Trials:
             else:
                 self.first = self._draw(self.reference, calibration[0])
             first = space.singles(self.pipe, self.reference, self.first.made, names, products)
-            return search.run(self.measure, self.turn, first,
-                              lambda measured: space.combinations(self.measure, self.reference, measured),
-                              calibration, held_out, lambda: self.elapsed() > 0.55 * self.budget)
+            return search.run(self.measure, partial(self.turn, SEARCH * self.budget), partial(self.turn, self.budget),
+                              first, lambda measured: space.combinations(self.measure, self.reference, measured),
+                              calibration, held_out)
 
-    def turn(self, candidates: Sequence[Candidate], part: Sequence[int]) -> bool:
-        if self.elapsed() > self.budget:
+    def turn(self, until: float, candidates: Sequence[Candidate], part: Sequence[int]) -> bool:
+        """Draws what can be begun before ``until``."""
+        if self.elapsed() > until:
             return False
         reference = self._draw(self.reference, part)
         for c in list(candidates):
-            if self.elapsed() > self.budget:
+            if self.elapsed() > until:
                 return False
             try:
                 self._add(c, reference, self._draw(c.settings, part))
