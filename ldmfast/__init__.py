@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import CheckpointError, DeviceError, LdmfastError, PrecisionError, ShapeError
 
 if TYPE_CHECKING:
-    from . import caches, checkpoints, guidance, models, ops, pipelines, samplers
+    from . import caches, checkpoints, guidance, models, ops, pipelines, samplers, tuning
     from ._info import info
     from .accelerated import accelerate, restore
     from .pipelines import Pipeline
@@ -24,11 +24,11 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError", "DeviceError", "LdmfastError", "Pipeline", "PrecisionError", "ShapeError",
     "__version__", "accelerate", "caches", "checkpoints", "guidance", "info", "models", "ops",
-    "pipelines", "restore", "samplers",
+    "pipelines", "restore", "samplers", "tuning",
 ]
 
 _LAZY = {"Pipeline": "pipelines", "info": "_info", "accelerate": "accelerated", "restore": "accelerated"}
-_MODULES = ("caches", "checkpoints", "guidance", "models", "ops", "pipelines", "samplers")
+_MODULES = ("caches", "checkpoints", "guidance", "models", "ops", "pipelines", "samplers", "tuning")
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import cli_tuning
 from .errors import LdmfastError
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ def generate(
     strength: Annotated[float | None, typer.Option(help="0 to 1: how much of --image is redrawn.")] = None,
     precision: Annotated[str | None, typer.Option(help="exact (fp32, default), bf16, int8, fp8, or auto.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    settings: Annotated[str | None, typer.Option(help="A settings file of 'ldmfast tune', or 'auto' for the one beside "
+                                                      "the model; sets precision, solver, steps and cache.")] = None,
     from_png: Annotated[Path | None, typer.Option(help="Repeat the picture in this PNG, bit for bit; only --model, "
                                                        "--out, --image and --mask may be given beside it.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
@@ -126,7 +129,7 @@ def generate(
         if from_png is not None:
             given = {"prompt": prompt, "seed": seed, "negative": negative, "steps": steps, "guidance": guidance,
                      "solver": solver, "grid": grid, "height": height, "width": width, "strength": strength,
-                     "precision": precision}
+                     "precision": precision, "settings": settings}
             extra = [name for name, value in given.items() if value is not None]
             if extra:
                 raise LdmfastError(f"--from-png repeats a picture exactly, so {extra[0]!r} cannot be given beside it")
@@ -134,7 +137,14 @@ def generate(
         else:
             if prompt is None:
                 raise LdmfastError("no prompt was given: ldmfast generate \"a red circle above a blue square\"")
-            pipe = _open(model or "tiny", precision or "exact", device)
+            tuned: Any = settings
+            if settings is not None:
+                from .tuning import Settings
+
+                if precision is not None:
+                    raise LdmfastError("--settings sets what --precision would: leave one of them out")
+                tuned = settings if settings == "auto" else Settings.load(settings)
+            pipe = _open(model or "tiny", precision or str(getattr(tuned, "precision", "exact")), device)
             loaded = time.perf_counter()
             given = {"image": _picture(image), "mask_image": _picture(mask), "strength": strength}
             sources: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -143,18 +153,20 @@ def generate(
                 raise LdmfastError("this model draws from a text alone: leave out --image, --mask and --strength")
             result = pipe(prompt, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
                           negative_prompt=negative, num_images_per_prompt=num, generator=seed, solver=solver,
-                          progress=not quiet, **sources)
+                          progress=not quiet, settings=tuned, **sources)
         done = time.perf_counter()
         files = result.save(out)
     except LdmfastError as error:
         _fail(error)
         return
-    for file, settings in zip(files, result.settings):
-        typer.echo(f"{file.resolve()}  {settings['width']}x{settings['height']}  seed {settings['seed']}")
-    settings = result.settings[0]
+    for file, made in zip(files, result.settings):
+        typer.echo(f"{file.resolve()}  {made['width']}x{made['height']}  seed {made['seed']}")
+    made = result.settings[0]
     typer.echo(f"{done - loaded:.2f} s for {len(files)} picture{'s' * (len(files) > 1)} "
-               f"({settings['num_inference_steps']} steps, {settings['solver']}, guidance "
-               f"{settings['guidance_scale']:g}, {pipe.precision}), {loaded - begin:.2f} s to load")
+               f"({made['num_inference_steps']} steps, {made['solver']}, guidance "
+               f"{made['guidance_scale']:g}, {made['precision']}), {loaded - begin:.2f} s to load")
+    if result.report is not None and result.report.promise is not None:
+        typer.echo(f"promised: {result.report.promise}")
     typer.echo(f"kernels: {_live_kernels(pipe.device.type)}")
 
 
@@ -294,6 +306,10 @@ def tune_steps(
         return
     typer.echo(f"{out}: {grid.evaluations} evaluations of {grid.solver}, latent error {grid.error:.4f} "
                f"(its usual steps: {grid.default_error:.4f})")
+
+
+app.command(epilog=cli_tuning.CERTIFY_EXAMPLES)(cli_tuning.certify)
+app.command(epilog=cli_tuning.TUNE_EXAMPLES)(cli_tuning.tune)
 
 
 @app.command()

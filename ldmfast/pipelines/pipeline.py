@@ -60,7 +60,7 @@ class Pipeline(LoraMethods):
         self.engine: Engine | None = _engine(device)
         self.reopen: Callable[[str], Pipeline] | None = None  # the same model in another precision
         self.siblings: dict[str, Pipeline] = {}  # so opened, for settings that ask for them
-        self.tuned: dict[str, Settings] = {}  # "settings": of the last tune
+        self.tuned: dict[str, Any] = {}  # by the last tune: "settings" and "front"
 
     @classmethod
     def from_pretrained(
@@ -240,8 +240,8 @@ class Pipeline(LoraMethods):
             forecast from earlier ones: faster, another picture. ``report`` of the result says what was left out.
         guidance: a guidance of :mod:`ldmfast.guidance`, or several. guidance_scale is classifier-free guidance, and the
             scale of what is given in its place; it stays beside the others.
-        settings: a :class:`ldmfast.tuning.Settings`, or "auto" for those kept beside the model, in place of
-            the arguments that they set; ``report`` says what they promise.
+        settings: a :class:`ldmfast.tuning.Settings`, or "auto" for those that :meth:`tune` found for this model, in
+            place of the arguments that they set; ``report`` says what they promise.
         grid: learned steps (:meth:`learn_grid`), as a TimeGrid or the JSON file of one, in place of
             ``num_inference_steps``, ``solver`` and the lists.
         prompt_weighting: reads "(word:1.3)", "((word))", "[word]" and BREAK in prompts, and encodes prompts of any
@@ -273,6 +273,15 @@ class Pipeline(LoraMethods):
 
         return certify(self, prompts, settings, seeds=seeds, reference=reference, judge=judge, batch=batch,
                        progress=progress, **call)
+
+    def tune(self, prompts: Sequence[str], *, min_psnr: float | None = None, max_latent_error: float | None = None,
+             budget_s: float = 300.0, seed: int = 0, path: str | os.PathLike[str] | None = None,
+             reference: Settings | None = None, batch: int = 1, progress: bool = True, **call: Any) -> Settings:
+        """The fastest settings that keep a promise, found on these prompts: :func:`ldmfast.tuning.tune`."""
+        from ..tuning import tune
+
+        return tune(self, prompts, min_psnr=min_psnr, max_latent_error=max_latent_error, budget_s=budget_s, seed=seed,
+                    path=path, reference=reference, batch=batch, progress=progress, **call)
 
     def repeat(self, settings: dict[str, Any], *, image: Any = None, mask_image: Any = None,
                progress: bool = True) -> PipelineOutput:

@@ -43,7 +43,7 @@ class Call:
         self._interrupt = False
         self.num_timesteps = request.table.num_steps
         self.guidance_scale = request.guidance_scale
-        self.noise_levels = request.table.noise_levels  # (steps + 1, 2): picture and noise at each step boundary
+        self.table = request.table
 
     def cancel(self) -> None:
         """End this call after the current step; other calls of the pipeline go on."""

@@ -12,6 +12,7 @@ from .certify import Judge, certify
 from .metrics import psnr, ssim
 from .report import Arm, Report
 from .settings import Promise, Settings
+from .tune import Front, Point, tune
 
-__all__ = ["Arm", "Judge", "Promise", "Report", "Settings", "certify", "mean_bound", "one_bound", "psnr", "share_bound",
-           "ssim"]
+__all__ = ["Arm", "Front", "Judge", "Point", "Promise", "Report", "Settings", "certify", "mean_bound", "one_bound",
+           "psnr", "share_bound", "ssim", "tune"]

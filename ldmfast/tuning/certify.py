@@ -98,7 +98,7 @@ def _arm(pipe: Pipeline, drawn: list[Drawn], settings: Settings, attributes: dic
 
     made = drawn[0].made
     words = [settings.precision, str(made["solver"]), f"{made['num_inference_steps']} steps",
-             f"guidance {made['guidance_scale']:g}", *map(short, settings.cache)]
+             f"guidance {made['guidance_scale']:g}", *map(short, (*settings.guidance, *settings.cache))]
     if settings.loras:
         words.append("LoRA " + ", ".join(f"{k} {v:g}" for k, v in settings.loras.items()))
     memory = [d.memory for d in drawn if d.memory is not None]

@@ -56,9 +56,12 @@ def chart(series: Sequence[Series], x_label: str, y_label: str, size: tuple[int,
     pen.text((6, 4), y_label, fill=INK)
     if level is not None:
         pen.line([place(xs[0], level), place(xs[-1], level)], fill="#b00020", width=2)
+    end = float(box[2])  # names stand above the box, from the right
     for number, one in enumerate(series):
-        _draw(pen, one, COLOURS[number % len(COLOURS)], place)
-        pen.text((box[2] - 4, box[1] + 4 + 14 * number), one.name, fill=COLOURS[number % len(COLOURS)], anchor="ra")
+        colour = COLOURS[number % len(COLOURS)]
+        _draw(pen, one, colour, place)
+        pen.text((end, 4), one.name, fill=colour, anchor="ra")
+        end -= pen.textlength(one.name) + 16
     return image
 
 

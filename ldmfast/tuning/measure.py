@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import LdmfastError
+from ..samplers import StepTable
 from .metrics import Trajectory
 from .settings import Settings, in_precision
 
@@ -28,7 +28,7 @@ class Drawn:
     network's first evaluation: text encoders, checks, all that is computed once), "denoise", "decode".
     step_seconds: of each step. evaluations: of the network, a picture (guidance branches that run together are one).
     rows: the same with each branch counted. memory: bytes at the peak over those before the call, None where that
-    cannot be seen. made: the call's settings as a PNG keeps them. report: of its cache.
+    cannot be seen. made: the call's settings as a PNG keeps them. report: of its cache. table: of its solver.
     """
 
     images: Tensor
@@ -41,6 +41,7 @@ class Drawn:
     memory: int | None
     made: dict[str, Any]
     report: Any
+    table: StepTable
 
 
 @dataclass
@@ -130,12 +131,12 @@ def draw(pipe: Any, settings: Settings, prompts: Sequence[str], seeds: Sequence[
     one, arguments = prepared(pipe, settings)
     latents: list[Tensor] = []
     marks: list[float] = []
-    levels: list[Any] = []
+    tables: list[StepTable] = []
 
     def on_step(state: Any, step: int, timestep: float, given: dict[str, Tensor]) -> None:
         marks.append(_now(one.device))
         latents.append(given["latents"].clone())
-        levels.append(state.noise_levels[step + 1])
+        tables.append(state.table)
 
     with _Peak(one.device) as peak, _Counter(one.unet) as counter:
         start = _now(one.device)
@@ -149,9 +150,9 @@ def draw(pipe: Any, settings: Settings, prompts: Sequence[str], seeds: Sequence[
         with _Counter(one.unet) as counter:
             eager(list(prompts), generator=list(seeds), output_type="latent", progress=False, **call, **arguments)
     return Drawn(
-        out.images.float().cpu(), Trajectory(latents, np.stack(levels)), end - start,
+        out.images.float().cpu(), Trajectory(latents, tables[0].noise_levels[1:]), end - start,
         {"text": first - start, "denoise": marks[-1] - first, "decode": end - marks[-1]},
         [b - a for a, b in zip([first, *marks], marks)],
         counter.calls / (n if one.precision == "exact" else 1), counter.rows / n, peak.bytes, out.settings[0],
-        out.report)
+        out.report, tables[0])
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, guidance
 from ..caches import CacheReport, Policy, check_cache, from_settings, repeatable
 from ..errors import LdmfastError
+from ..guidance import Guidance, check_guidance
 from ..pipelines.load import ASSETS, PRECISIONS
 from ..pipelines.lora import fused_settings, settings_of
 from ..pipelines.output import replacing
@@ -72,8 +73,9 @@ class Settings:
     """A way to draw: ``pipe(prompt, settings=...)``. None leaves the model's own default.
 
     precision: as of ``Pipeline.from_pretrained``; the pipeline opens itself again in it where it is another. solver,
-    steps, timesteps, guidance_scale, loras: arguments of the call. cache: policies of ldmfast.caches. promise: what
-    tune measured for them; model, version, device: where it did. notes: what else tune has to say.
+    steps, timesteps, guidance_scale, loras: arguments of the call. guidance: of ldmfast.guidance, one or several (an
+    interval of guidance is CFG(start=, stop=)). cache: policies of ldmfast.caches. promise: what tune measured for
+    them; model, version, device: where it did. notes: what else tune has to say.
     Raises LdmfastError for a value that cannot be.
     """
 
@@ -83,6 +85,7 @@ class Settings:
     timesteps: tuple[float, ...] | None = None
     guidance_scale: float | None = None
     loras: Mapping[str, float] | None = None
+    guidance: tuple[Guidance, ...] = ()
     cache: tuple[Policy, ...] = ()
     promise: Promise | None = None
     model: str | None = None
@@ -102,6 +105,7 @@ class Settings:
         if not all(isinstance(p, Policy) for p in given) or isinstance(given, str):
             raise LdmfastError(f"cache={self.cache!r} is not a policy of ldmfast.caches, or several of them")
         object.__setattr__(self, "cache", tuple(given))
+        object.__setattr__(self, "guidance", check_guidance(self.guidance))
         for name, make in (("timesteps", tuple), ("loras", dict)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, make(getattr(self, name)))
@@ -109,7 +113,8 @@ class Settings:
     def call(self) -> dict[str, Any]:
         """The arguments of a pipeline's call that these settings stand for, but for the precision."""
         found = {"num_inference_steps": self.steps, "solver": self.solver, "timesteps": self.timesteps,
-                 "guidance_scale": self.guidance_scale, "loras": self.loras, "cache": self.cache or None}
+                 "guidance_scale": self.guidance_scale, "loras": self.loras, "guidance": self.guidance or None,
+                 "cache": self.cache or None}
         return {name: value for name, value in found.items() if value is not None}
 
     def __str__(self) -> str:
@@ -117,18 +122,20 @@ class Settings:
                  self.timesteps and f"{len(self.timesteps)} timesteps of its own",
                  self.guidance_scale is not None and f"guidance {self.guidance_scale:g}",
                  self.loras and "LoRA " + ", ".join(f"{k} {v:g}" for k, v in self.loras.items()),
-                 *map(short, self.cache)]
+                 *map(short, (*self.guidance, *self.cache))]
         found = ", ".join(str(w) for w in words if w)
         if self.promise is not None:
             found += f"; {self.promise.speedup:.2f}x; {self.promise}"
         return "; ".join([found, *self.notes])
 
     def to_json(self) -> str:
-        """Raises LdmfastError for a cache policy that is not one of ldmfast.caches."""
-        if not repeatable(self.cache):
-            raise LdmfastError("settings with a cache policy of your own cannot be saved: it has no name to find it by")
+        """Raises LdmfastError for a cache policy or guidance that is not one of ldmfast's, or holds more than numbers
+        and names."""
+        if not repeatable(self.cache) or not guidance.repeatable(self.guidance):
+            raise LdmfastError("settings with a cache policy or guidance of your own cannot be saved: it has no name "
+                               "to find it by")
         row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        row |= {"cache": [p.to_dict() for p in self.cache],
+        row |= {"cache": [p.to_dict() for p in self.cache], "guidance": [g.to_dict() for g in self.guidance],
                 "promise": None if self.promise is None else dataclasses.asdict(self.promise)}
         return json.dumps({"ldmfast_settings": 1, **row}, indent=1)
 
@@ -140,6 +147,7 @@ class Settings:
             if row.pop("ldmfast_settings") != 1:
                 raise ValueError("another format")
             row["cache"] = from_settings(row["cache"])
+            row["guidance"] = guidance.from_settings(row["guidance"])
             row["promise"] = None if row["promise"] is None else Promise(**row["promise"])
             row["notes"] = tuple(row["notes"])
             return cls(**row)
@@ -175,11 +183,12 @@ class Settings:
                                    "not hold; call pipe.tune(...) again")
 
 
-def short(policy: Policy) -> str:
-    """A policy without the arguments that are at their defaults."""
-    own = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+def short(policy: Any) -> str:
+    """A policy or guidance without the arguments that are at their defaults."""
+    fields = dataclasses.fields(policy)
+    own = {f.name: getattr(policy, f.name) for f in fields}
     words = [f"{f.name}={short(own[f.name]) if isinstance(own[f.name], Policy) else repr(own[f.name])}"
-             for f in dataclasses.fields(policy) if own[f.name] != f.default]
+             for f in fields if own[f.name] != f.default]
     return f"{type(policy).__name__}({', '.join(words)})"
 
 

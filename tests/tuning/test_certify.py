@@ -11,6 +11,7 @@ import torch
 
 import ldmfast
 from ldmfast.caches import EasyCache, FirstBlock, Guard, TaylorSeer, TeaCache, TGate, from_settings
+from ldmfast.guidance import CFG
 from ldmfast.pipelines import output
 from ldmfast.tuning import Promise, Settings
 
@@ -103,9 +104,11 @@ def test_a_saved_certificate_is_whole_or_absent(cached, tmp_path, monkeypatch):
 def test_settings_go_into_a_file_and_back(tmp_path):
     guarded = Guard(policy=TeaCache(threshold=0.4), limit=1.5)
     settings = Settings(precision="int8", solver="dpmpp_2m", steps=10, cache=(guarded, TGate(gate=6)),
+                        guidance=CFG(stop=0.75),
                         promise=promise(), model="m", version="v", device="cpu", notes=("one",))
     assert Settings.load(settings.save(tmp_path / "s.json")) == settings
-    assert "Guard(policy=TeaCache(threshold=0.4), limit=1.5)" in str(settings) and "31.2 dB" in str(settings)
+    assert "CFG(stop=0.75), Guard(policy=TeaCache(threshold=0.4), limit=1.5)" in str(settings)
+    assert "31.2 dB" in str(settings)
     (tmp_path / "half.json").write_text((tmp_path / "s.json").read_text()[:200])
     for broken in ("half.json", "absent.json"):
         with pytest.raises(ldmfast.LdmfastError, match=broken):
@@ -120,6 +123,8 @@ def test_settings_in_a_call(tiny):
     assert torch.equal(out.images, same.images) and out.report.promise == "nothing: the settings were not tuned"
     assert not next(other.unet.parameters()).is_inference() and tiny.precision == "exact"
     assert not next(tiny.siblings["bf16"].unet.parameters()).is_inference()
+    less = tiny.certify(PROMPTS[:1], Settings(steps=6, guidance=CFG(stop=0.5)), reference=SHORT, progress=False)
+    assert less.fast.evaluations == 6 and less.fast.rows == 9 and less.reference.rows == 12
     with pytest.raises(ldmfast.LdmfastError, match="solver was given beside settings"):
         tiny(PROMPTS[0], solver="ddim", settings=settings)
     with pytest.raises(ldmfast.LdmfastError, match="has not been tuned"):
