@@ -85,8 +85,10 @@ stage() {
             run facts "$PYTHON" -P -c 'import ldmfast, sys; print(sys.version, ldmfast.__file__, ldmfast.info(), sep="\n")'
             bench check gpu_check --device $device "${check[@]}" ;;
         attention)
-            needs_gpu "every backend of attention (here: the harness alone)"
-            bench attention gpu_attention --device $device "${few[@]}" ;;
+            needs_gpu "every backend of attention (here: Triton's interpreter, and torch's plain one)"
+            [ -z "$DRY" ] || export TRITON_INTERPRET=1
+            bench attention gpu_attention --device $device "${few[@]}"
+            unset TRITON_INTERPRET ;;
         sdxl)
             needs_gpu "SDXL at 1024 (here: a small network), CUDA graphs, fp8 on tensor cores"
             bench sdxl gpu_e2e --device $device --model $large --steps $steps --rounds $rounds \
@@ -105,7 +107,7 @@ stage() {
         batches)
             needs_gpu "batches of 4, 8 and 16 (here: 2)"
             bench sdxl-batches gpu_e2e --device $device --model $large --steps 20 --rounds 2 --batch "${many[@]}" \
-                --arms ours "ours fp8" eager
+                --arms ours "ours fp8" "ours fp8 attention" eager
             bench sd15-batches gpu_e2e --device $device --model $small --steps 20 --rounds 2 --batch "${many[@]}" ;;
         compiled)
             needs_gpu "max-autotune (here: torch.compile's eager backend)"
@@ -116,7 +118,7 @@ stage() {
         sanitize)
             needs_gpu "compute-sanitizer and the CUDA kernels (here: the checks alone)"
             for tool in memcheck racecheck; do
-                for op in group_norm_silu lincomb attention; do
+                for op in group_norm_silu group_norm_silu_fp8 lincomb attention; do
                     command=("$PYTHON" bench/gpu_check.py --parts ops --op "$op" --dtype bfloat16 --device "$device"
                              --out "$RESULTS/$tool-$op")
                     [ -n "$DRY" ] || command=(compute-sanitizer --tool "$tool" --error-exitcode 3 "${command[@]}")
