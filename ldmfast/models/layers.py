@@ -360,4 +360,4 @@ class FeedForward(Direct):
 
     def forward(self, x: Tensor | Quantized, residual: Tensor) -> Tensor:
         first, _, last = self.net
-        return last(cast(GEGLU, first).proj(x, codes=last.int8 is not None, rows=last.row_form), residual)
+        return last(cast(GEGLU, first).proj(x, codes=last.row_form or last.int8 is not None), residual)
