@@ -19,7 +19,7 @@ from ..ops.linear_geglu import plain_weight, side_by_side
 from ..ops.pack_weight import image_weight
 from .direct import Direct
 from .onednn import INT8_SCHEMAS, SCHEMAS, Packed, as_expected
-from .rowwise import RowCodes, RowwiseWeight, rows_to_int8
+from .rowwise import RowCodes, RowwiseWeight, rows_to_int8, sums_of_rows
 
 ONEDNN = as_expected(SCHEMAS, "products run through torch.nn.functional, which is slower")
 ONEDNN_INT8 = as_expected(INT8_SCHEMAS, "int8 products run as floating-point ones, which is slower")
@@ -30,8 +30,6 @@ _DTYPES = {torch.float32} | ({torch.bfloat16} if ONEDNN and torch.ops.mkldnn._is
 
 # whether products are ours where there are any (docs/performance.md, "Our own products")
 OWN = ops.CPU_LIBRARY.loaded and level() == "amx"
-
-_AT_ONCE = 1 << 20  # numbers of a weight that are converted at a time: they stay in cache
 
 
 class Quantized(NamedTuple):
@@ -65,14 +63,6 @@ def _at_least(weight: Tensor, least: tuple[int, int]) -> bool:
     return weight.shape[0] >= least[0] and weight.shape[1] >= least[1]
 
 
-def _sums(values: Tensor) -> Tensor:
-    """Of each output's int8 values, int32. In floating point, exactly: torch's integer sums take ten times as long."""
-    rows = values.flatten(1)
-    wide = torch.float32 if 127 * rows.shape[1] < 2**24 else torch.float64
-    some = max(1, _AT_ONCE // max(1, rows.shape[1]))
-    return torch.cat([part.to(wide).sum(1).int() for part in rows.split(some)]) if len(rows) else rows.sum(1).int()
-
-
 class Int8Weight(nn.Module):
     """Weight of a W8A8 product in the layout of the kernel; nothing of higher precision is kept.
 
@@ -93,7 +83,7 @@ class Int8Weight(nn.Module):
         self.packed = ONEDNN_INT8 and not self.own and values.device.type == "cpu"
         self.layout: Packed | None = None
         # what a zero point of 1 adds to each output
-        sums = _sums(values)
+        sums = sums_of_rows(values)
         if self.own:
             self.values = ops.pack_weight(side_by_side(values) if self.gated else values)
         elif self.packed and conv is not None:
