@@ -1,8 +1,7 @@
 """Builds the native parts with ninja. A part that cannot be built is left out with a warning, never an
 error: the package then runs on its references, and ldmfast.info() repeats the reason.
 LDMFAST_CUDA=0|1: leave CUDA out, or insist on it (default: built where nvcc is found). LDMFAST_CUDA_ARCHS: default
-"80 90a 100a". LDMFAST_SANITIZE=1: address and undefined-behaviour sanitizers; or the names of levels, these only.
-"""
+"80 90a 100a". LDMFAST_SANITIZE=1: address and undefined-behaviour sanitizers; or the names of levels, these only."""
 
 import importlib.util
 import json
@@ -33,6 +32,7 @@ LEVELS = {  # lowest first: the linker keeps the first copy of a shared inline f
     "aarch64": {"generic": "", "neon": "-march=armv8.2-a+fp16"}}
 LIBRARIES = {"cpu": "libldmfast_ops.so", "cuda": "libldmfast_cuda.so",
              "host": "_C" + sysconfig.get_config_var("EXT_SUFFIX")}
+UNLINKED = [os.path.relpath(p, ROOT / "ldmfast") for p in ROOT.glob("ldmfast/assets/**/*") if not p.is_symlink()]
 
 
 class Skip(Exception):
@@ -94,7 +94,7 @@ class Plan:
         if os.environ.get("LDMFAST_CUDA") == "0":
             raise Skip("left out by LDMFAST_CUDA=0")
         nvcc, sources = tool("NVCC", "nvcc"), sorted((ROOT / "csrc/cuda").glob("*.cu"))
-        code = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in ARCHS.split())
+        code = " ".join(f"-gencode arch=compute_{a},code=[{'compute_80,' * (a == '80')}sm_{a}]" for a in ARCHS.split())
         flags = f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr {TARGET} -DUSE_CUDA"
         self.rule("nvcc", f"{nvcc} {flags} {self.include} {code}", compiles=True)
         # torch loads libtorch_cuda.so privately: a library that does not need it by name cannot see into it. A CPU
@@ -146,5 +146,5 @@ if __name__ == "__main__":  # tools/build_wheels.py imports the above
     setup(
         packages=["ldmfast", *(f"ldmfast.{name}" for name in find_packages("ldmfast")), "ldmfast.kernels"],
         package_dir={"ldmfast.kernels": "kernels"}, ext_modules=[Extension("ldmfast._C", [], optional=True)],
-        package_data={"ldmfast": ["assets/**/*", "_build.json", "py.typed"]}, cmdclass={"build_ext": BuildNative},
+        package_data={"ldmfast": ["_build.json", "py.typed", *UNLINKED]}, cmdclass={"build_ext": BuildNative},
     )

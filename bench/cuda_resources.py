@@ -231,15 +231,15 @@ def triton_calls() -> Iterator[tuple[str, str, tuple]]:
                                                c[2], c[2], 1e-6, True)
     yield "group_norm_silu", "split nchw", (meta(2, 320, 64, 64), None, 32, c[0], c[0], 1e-5, True)
     code_scale = meta(1, dtype=torch.float32)
-    yield "group_norm_silu_fp8", "one pass", (meta(2, 1280, 16, 16, last=True), meta(2, 1280), 32, c[1], c[1], 1e-5, True,
-                                              code_scale)
+    yield "group_norm_silu_fp8", "one pass", (meta(2, 1280, 16, 16, last=True), meta(2, 1280), 32, c[1], c[1], 1e-5,
+                                              True, code_scale)
     yield "group_norm_silu_fp8", "split", (meta(2, 320, 64, 64, last=True), meta(2, 320), 32, c[0], c[0], 1e-5, True,
                                            code_scale)
     yield "layer_norm_modulate", "c1280", (meta(2, 256, 1280), None, None, c[1], c[1], 1e-5)
     yield "layer_norm_modulate", "c1152 modulated", (meta(2, 256, 1152), meta(2, 1152), meta(2, 1152), None, None, 1e-6)
     yield "layer_norm_modulate_rows", "fp8 c1280", (meta(2, 256, 1280), None, None, c[1], c[1], 1e-5, True)
-    yield "layer_norm_modulate_rows", "int8 c3072", (meta(1, 4608, 3072), meta(1, 3072), meta(1, 3072), None, None, 1e-6,
-                                                     False)
+    yield "layer_norm_modulate_rows", "int8 c3072", (meta(1, 4608, 3072), meta(1, 3072), meta(1, 3072), None, None,
+                                                     1e-6, False)
     yield "geglu_rows", "fp8 c1280", (meta(2, 4096, 2560), True)
     yield "geglu_rows", "fp8 c5120", (meta(2, 1024, 10240), True)
     yield "geglu", "c1280", (meta(2, 4096, 2560),)

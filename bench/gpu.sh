@@ -6,16 +6,19 @@
 #   bash bench/gpu.sh --dry-run STAGE... # on a CPU, small shapes: runs every script once
 #
 # The GPU machine needs Python 3.12 with torch >= 2.10 (CUDA 13) and Triton, no network, no compiler. Stages, each within
-# LIMIT seconds; one that fails or is stopped leaves what it has written, and the next one runs:
+# LIMIT seconds in all; one that fails or is stopped leaves what it has written, and the next one runs:
 #   check     facts of the machine; every op against its reference; the engine against eager
 #   sdxl      SDXL 1024, 30 steps, 1 picture: graphs, eager, diffusers eager
 #   sd15      SD 1.5 512, 50 steps, 1 picture: the same
 #   attention every kernel of ours against every one of torch's, and the table that follows from it
 #   ops       every op's time, against torch's way and the measured roofline
 #   profile   one step of both networks by kernel and by op
-#   batches   throughput: SDXL and SD 1.5 in larger batches, SDXL in fp8, too
-#   compiled  torch.compile (max-autotune) against ours: SD 1.5, then SDXL (autotuning takes minutes)
-#   sanitize  compute-sanitizer's memcheck and racecheck over the CUDA kernels
+#   sdxl-batches  throughput in larger batches, in fp8, too
+#   sd15-batches  the same of SD 1.5
+#   sd15-compiled torch.compile (max-autotune) against ours
+#   sdxl-compiled the same of SDXL (autotuning takes minutes)
+#   memcheck  compute-sanitizer over the CUDA kernels
+#   racecheck the same, for races in shared memory
 #   all       all of them; more than one command's time
 # Results: bench/results/h200, one JSON a stage and case, with commit and versions, and a log a stage; where OUT names a
 # folder, all of it is packed into $OUT/results.tar.gz after every stage.
@@ -26,7 +29,8 @@ PYTHON=${PYTHON:-python3}
 WHEELS=build/gpu
 SITE=${TMPDIR:-/tmp}/ldmfast-site
 RESULTS=bench/results/h200
-STAGES="check attention sdxl sd15 ops profile batches compiled sanitize"
+STAGES="check attention sdxl sd15 ops profile sdxl-batches sd15-batches sd15-compiled sdxl-compiled memcheck racecheck"
+SANITIZED="group_norm_silu group_norm_silu_fp8 lincomb attention"
 DRY=
 
 prepare() {
@@ -54,11 +58,11 @@ needs_gpu() {  # what a dry run leaves out
     [ -z "$DRY" ] || echo "== needs a GPU, not in a dry run: $*"
 }
 
-run() {  # name, command...: bounded, logged, never fatal
+run() {  # name, command...: bounded by this stage's part of LIMIT, logged, never fatal
     local name=$1 status
     shift
     echo "== $name: $*"
-    PYTHONUNBUFFERED=1 timeout --kill-after=20 "$LIMIT" "$@" > "$RESULTS/$name.log" 2>&1
+    PYTHONUNBUFFERED=1 timeout --kill-after=20 "$((LIMIT / ${PARTS:-1}))" "$@" > "$RESULTS/$name.log" 2>&1
     status=$?
     tail -n 30 "$RESULTS/$name.log"
     echo "== $name: exit status $status after ${SECONDS}s"
@@ -73,7 +77,7 @@ bench() {  # name, script, arguments...
 
 stage() {
     local large=sdxl small=sd15 steps=30 more=50 rounds=5 device=cuda many=("4" "8" "16")
-    local check=() ops=() few=() command
+    local check=() ops=() few=() command op PARTS=1
     if [ -n "$DRY" ]; then
         large=small small=small steps=2 more=3 rounds=1 device=cpu many=(2)
         few=(--case vae_tiny)
@@ -85,8 +89,10 @@ stage() {
             run facts "$PYTHON" -P -c 'import ldmfast, sys; print(sys.version, ldmfast.__file__, ldmfast.info(), sep="\n")'
             bench check gpu_check --device $device "${check[@]}" ;;
         attention)
-            needs_gpu "every backend of attention (here: the harness alone)"
-            bench attention gpu_attention --device $device "${few[@]}" ;;
+            needs_gpu "every backend of attention (here: Triton's interpreter, and torch's plain one)"
+            [ -z "$DRY" ] || export TRITON_INTERPRET=1
+            bench attention gpu_attention --device $device "${few[@]}"
+            unset TRITON_INTERPRET ;;
         sdxl)
             needs_gpu "SDXL at 1024 (here: a small network), CUDA graphs, fp8 on tensor cores"
             bench sdxl gpu_e2e --device $device --model $large --steps $steps --rounds $rounds \
@@ -100,33 +106,38 @@ stage() {
             bench ops ops --device $device --dtype bfloat16 float16 "${ops[@]}" ;;
         profile)
             needs_gpu "times of single kernels by CUDA events"
+            PARTS=2
             bench profile-large step_profile --device $device --model $large
             bench profile-small step_profile --device $device --model $small ;;
-        batches)
+        sdxl-batches)
             needs_gpu "batches of 4, 8 and 16 (here: 2)"
             bench sdxl-batches gpu_e2e --device $device --model $large --steps 20 --rounds 2 --batch "${many[@]}" \
-                --arms ours "ours fp8" eager
+                --arms ours "ours fp8" "ours fp8 attention" eager ;;
+        sd15-batches)
+            needs_gpu "batches of 4, 8 and 16 (here: 2)"
             bench sd15-batches gpu_e2e --device $device --model $small --steps 20 --rounds 2 --batch "${many[@]}" ;;
-        compiled)
+        sd15-compiled)
             needs_gpu "max-autotune (here: torch.compile's eager backend)"
-            export TORCHINDUCTOR_CACHE_DIR="${TMPDIR:-/tmp}/inductor"  # a second try goes on from here
-            bench sd15-compiled gpu_e2e --device $device --model $small --steps $more --rounds $rounds --arms ours compiled
+            bench sd15-compiled gpu_e2e --device $device --model $small --steps $more --rounds $rounds \
+                --arms ours compiled ;;
+        sdxl-compiled)
+            needs_gpu "max-autotune (here: torch.compile's eager backend)"
             bench sdxl-compiled gpu_e2e --device $device --model $large --steps $steps --rounds $rounds \
                 --arms ours compiled ;;
-        sanitize)
+        memcheck|racecheck)
             needs_gpu "compute-sanitizer and the CUDA kernels (here: the checks alone)"
-            for tool in memcheck racecheck; do
-                for op in group_norm_silu lincomb attention; do
-                    command=("$PYTHON" bench/gpu_check.py --parts ops --op "$op" --dtype bfloat16 --device "$device"
-                             --out "$RESULTS/$tool-$op")
-                    [ -n "$DRY" ] || command=(compute-sanitizer --tool "$tool" --error-exitcode 3 "${command[@]}")
-                    run "$tool-$op" "${command[@]}"
-                done
+            PARTS=$(wc -w <<< "$SANITIZED")
+            for op in $SANITIZED; do
+                command=("$PYTHON" bench/gpu_check.py --parts ops --op "$op" --dtype bfloat16 --device "$device"
+                         --out "$RESULTS/$1-$op")
+                [ -n "$DRY" ] || command=(compute-sanitizer --tool "$1" --error-exitcode 3 "${command[@]}")
+                run "$1-$op" "${command[@]}"
             done ;;
         *) echo "unknown stage $1: prepare, all, $STAGES" && exit 2 ;;
     esac
 }
 
+export TORCHINDUCTOR_CACHE_DIR="${TMPDIR:-/tmp}/inductor"  # a second try of torch.compile goes on from here
 FAILED=
 [ "${1:-}" = --dry-run ] && DRY=1 && shift
 [ $# -gt 0 ] || { sed -n '2,/^set -u/p' "$0" | sed '$d'; exit 2; }

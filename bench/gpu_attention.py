@@ -3,12 +3,14 @@
     python bench/gpu_attention.py --out FOLDER    # attention.json; prints the fastest arm of every shape
 
 The arms take turns, call by call; each is checked against float64 first, on the first head. A star marks what
-kernels/_attention_choice.py chooses.
+kernels/_attention_choice.py chooses. fp8 is ops.attention_fp8, with the passes that make its codes; another row, it is
+never chosen. On a CPU, as a dry run: torch's way and, under TRITON_INTERPRET=1, the Triton kernels in the interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +37,8 @@ SHAPES = {
     "clip 77x64 causal": (2, 77, 77, 12, 64, True), "large 16384x128": (1, 16384, 16384, 16, 128, False),
     "vae_tiny": (1, 64, 64, 1, 64, False),
 }
+# on normal numbers, of which softmax makes small results: 0.05 from q, k and v, and the weights
+FP8_ERROR = 0.1
 TORCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
          "efficient": SDPBackend.EFFICIENT_ATTENTION}
 
@@ -46,16 +50,21 @@ def torchs(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -
 
 
 def arms(args: tuple[Any, ...], device: str) -> dict[str, Callable[..., Tensor]]:
-    if device == "cpu":  # a dry run
-        return {"op": ROWS["attention"].overload}
-    from ldmfast.kernels import _attention_choice, attention
+    def by_torch(backend: SDPBackend) -> Callable[..., Tensor]:
+        return lambda q, k, v, bias, scale, causal, block: torchs(backend, q, k, v, causal)
 
-    able = _attention_choice.able(*args, torch.cuda.get_device_capability(), ldmfast.ops.CUDA_LIBRARY.loaded)
+    if device == "cpu" and "TRITON_INTERPRET" not in os.environ:
+        return {"op": ROWS["attention"].overload, "math": by_torch(SDPBackend.MATH)}
+    from ldmfast.kernels import _attention_choice, attention, attention_fp8
+
+    capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+    able = _attention_choice.able(*args, capability, ldmfast.ops.CUDA_LIBRARY.loaded)
     found: dict[str, Callable[..., Tensor]] = {
         name: partial(attention.launch, backend=name) for name in able if name != "sdpa"}
-    for name, backend in TORCH.items():
-        found[name] = lambda q, k, v, bias, scale, causal, block, backend=backend: torchs(backend, q, k, v, causal)
-    return found
+    if device == "cpu" or capability >= (8, 9):
+        found["fp8"] = lambda q, k, v, bias, *rest: attention_fp8.launch(q, k, v, *rest)
+    torch_has = TORCH if device == "cuda" else {"math": SDPBackend.MATH}
+    return found | {name: by_torch(backend) for name, backend in torch_has.items()}
 
 
 def choice(args: tuple[Any, ...], device: str) -> str:
@@ -88,7 +97,8 @@ def measure(name: str, dtype: torch.dtype, device: str, repeats: int) -> list[di
     cost = ROWS["attention"].cost(*args)
     rows, calls, chosen = [], {}, choice(args, device)
     for arm, call in arms(args, device).items():
-        row: dict[str, Any] = {"op": "attention", "case": name, "dtype": str(dtype)[6:], "arm": arm,
+        row: dict[str, Any] = {"op": "attention_fp8" if arm == "fp8" else "attention", "case": name,
+                               "dtype": str(dtype)[6:], "arm": arm,
                                "chosen": arm == chosen or (chosen == "sdpa" and arm in TORCH)}
         rows.append(row)
         try:
@@ -101,8 +111,8 @@ def measure(name: str, dtype: torch.dtype, device: str, repeats: int) -> list[di
         if row["arm"] in found:
             seconds = found[row["arm"]] / calls[row["arm"]][1]
             row |= {"ms": round(seconds * 1e3, 5), "tflops": round(cost.flops / seconds / 1e12, 2)}
-            if device == "cuda" and row["arm"] in ("mma", "wgmma", "triton"):
-                row["backend"] = "triton" if row["arm"] == "triton" else "cuda"  # what the op table reads
+            if device == "cuda" and row["arm"] in ("mma", "wgmma", "triton", "fp8"):
+                row["backend"] = "triton" if row["arm"] in ("triton", "fp8") else "cuda"  # what the op table reads
     return rows
 
 
@@ -125,7 +135,8 @@ def main() -> int:
             timed = sorted((r for r in rows if "ms" in r), key=lambda r: r["ms"])
             texts = [f"{r['arm']}{'*' * r['chosen']} {r['ms']:.4f} ms" for r in timed]
             print(f"{name:24s} {dtype:9s} " + "  ".join(texts), flush=True)
-            bad = [r for r in rows if r["arm"] not in TORCH and ("failed" in r or not r["error"] < 1e-2)]
+            bad = [r for r in rows if r["arm"] not in TORCH and (
+                "failed" in r or not r["error"] < (FP8_ERROR if r["arm"] == "fp8" else 1e-2))]
             wrong += len(bad)
             for r in bad:
                 print(f"WRONG {name} {dtype} {r['arm']}: {r.get('failed') or r['error']}", flush=True)

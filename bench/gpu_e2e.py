@@ -48,10 +48,13 @@ class Bench:
     def arm(self, name: str) -> tuple[Call, str]:
         return {"ours": self.ours, "ours eager": lambda: self.ours(graphs=False), "eager": self.theirs,
                 "ours fp8": lambda: self.ours(eight="fp8"), "ours int8": lambda: self.ours(eight="int8"),
+                "ours fp8 attention": lambda: self.ours(eight="fp8", attention=True),
                 "compiled": lambda: self.theirs(compiled=True)}[name]()
 
-    def ours(self, graphs: bool = True, eight: str | None = None) -> tuple[Call, str]:
+    def ours(self, graphs: bool = True, eight: str | None = None, attention: bool = False) -> tuple[Call, str]:
+        """attention: that in fp8, too."""
         pipe = pipeline(self.model, self.dtype, self.device, self.parts, eight)
+        pipe.unet.attend_in_fp8(attention)
         if not graphs:
             pipe.engine = None
         elif self.device == "cpu":
@@ -139,7 +142,7 @@ def measure(bench: Bench, arms: list[str], rounds: int, save: Callable[[dict[str
         try:
             calls[name], rows[name] = start(bench, name)
             latents[name] = calls[name](False).float()
-            if name in ("ours", "ours fp8", "ours int8"):
+            if name in ("ours", "ours fp8", "ours int8", "ours fp8 attention"):
                 rows[name]["unet_error"] = bench.errors()
         except Exception as error:  # whatever stops one arm is told in its row, and the others go on
             rows[name] = {"unavailable": reason(error)}
@@ -167,7 +170,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--arms", nargs="*", default=["ours", "eager"],
-                        choices=["ours", "ours eager", "ours fp8", "ours int8", "eager", "compiled"])
+                        choices=["ours", "ours eager", "ours fp8", "ours int8", "ours fp8 attention", "eager",
+                                 "compiled"])
     parser.add_argument("--out", type=Path, default=None, help="folder (default: bench/results/<device>)")
     args = parser.parse_args()
     facts = conditions(args.device)

@@ -1,9 +1,9 @@
 """attention_fp8: attention on e4m3 codes of q, of the keys less their mean, of v and of the weights.
 
-As attention.py, with products of 8 bits: scores are (q codes . k codes) * scale of the query * scale of the key; weights,
-at most 1, are rounded at 256 times their size, so that the smallest normal code is 2^-14; v lies with its tokens side by
-side, as the matrix unit wants its second factor. A tile's products with v start from zero and are added in fp32: Hopper's
-unit keeps 14 bits of a sum of e4m3 products (DeepSeek-AI 2024, section 3.3.2).
+As attention.py, with products of 8 bits: scores are (q codes . k codes) * scale of the query * scale of the key;
+weights, at most 1, are rounded at 256 times their size, so that the smallest normal code is 2^-14; v lies with its
+tokens side by side, as the matrix unit wants its second factor. A tile's products with v start from zero and are added
+in fp32: Hopper's unit keeps 14 bits of a sum of e4m3 products (DeepSeek-AI 2024, section 3.3.2).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def split_depth(depth: int) -> tuple[int, int]:
 
 def heuristic(depth: int, queries: int) -> Config:
     """Chosen by compiling for sm_90 and sm_100 and keeping the largest tiles without spills; none has been timed."""
-    block_m, block_n = (128, 64) if depth <= 128 else (128, 32) if depth <= 160 else (64, 32) if depth <= 256 else (32, 32)
+    block_m = 128 if depth <= 160 else 64 if depth <= 256 else 32
+    block_n = 64 if depth <= 128 else 32
     while block_m > 16 and block_m >= 2 * queries:
         block_m //= 2  # a short sequence would only pad
     return Config(block_m, block_n, 8 if block_m >= 64 or depth > 160 else 4, 3 if depth <= 160 else 2)
@@ -59,7 +60,8 @@ def _columns(pointer, token, tokens, DEPTH: tl.constexpr, room, START: tl.conste
 @triton.jit
 def kernel(q, k, v, q_scale, k_scale, v_scale, out, heads, repeat, queries, keys, room, unit, mask_block, blocks,
            DEPTH: tl.constexpr, DEPTH_V: tl.constexpr, CAUSAL: tl.constexpr, QK: tl.constexpr, QK_REST: tl.constexpr,
-           PV: tl.constexpr, PV_REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BY_HAND: tl.constexpr):
+           PV: tl.constexpr, PV_REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+           BY_HAND: tl.constexpr):
     """Codes, dense: q (B, queries, heads, depth), k (B, keys, kv_heads, depth), v (B, kv_heads, depth_v, room), with
     repeat = heads / kv_heads and room >= keys. Their scales, fp32: (B, queries, heads), (B, keys, kv_heads),
     (B, kv_heads, depth_v). out: (B, queries, heads, depth_v). unit: the scale of the scores in units of log2. Query i
@@ -132,7 +134,8 @@ def kernel(q, k, v, q_scale, k_scale, v_scale, out, heads, repeat, queries, keys
     here = row[:, None].to(tl.int64) * heads * DEPTH_V
     d = tl.arange(0, PV)
     factor = tl.load(v_scale + d, d < DEPTH_V, other=0)[None, :] * inverse[:, None]
-    tl.store(out + here + d[None, :], (result * factor).to(out.dtype.element_ty), there[:, None] & (d < DEPTH_V)[None, :])
+    tl.store(out + here + d[None, :], (result * factor).to(out.dtype.element_ty),
+             there[:, None] & (d < DEPTH_V)[None, :])
     if PV_REST > 0:
         d = PV + tl.arange(0, PV_REST)
         factor = tl.load(v_scale + d, d < DEPTH_V, other=0)[None, :] * inverse[:, None]

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import parity
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("group_norm_silu", "group_norm_silu_fp8", "lincomb")  # attention takes minutes to compile: its built library is read instead
+# attention takes minutes to compile: its built library is read instead
+SOURCES = ("group_norm_silu", "group_norm_silu_fp8", "lincomb")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -80,6 +81,7 @@ def test_the_library_needs_torchs_by_name(tmp_path: Path) -> None:
     plan.cuda()
     text, count = re.subn(r"(build libldmfast_cuda.so: nvlink ).*? \|", r"\1empty.o |", "\n".join(plan.text) + "\n")
     assert count == 1
+    assert "code=[compute_80,sm_80]" in text, "chips without code of their own (sm_103, sm_120) compile this PTX"
     (tmp_path / "cuda.ninja").write_text(text)
     subprocess.run(["g++", "-c", "-fPIC", "-x", "c++", "/dev/null", "-o", str(tmp_path / "empty.o")], check=True)
     subprocess.run([sys.executable, "-m", "ninja", "-C", str(tmp_path), "-f", "cuda.ninja", "libldmfast_cuda.so"],
@@ -261,7 +263,8 @@ def test_group_norm_silu_fp8_on_the_host(folder: Path, name: str, dtype: torch.d
     bias, scale = torch.randn(channels, generator=generator), torch.tensor([0.004])
     args = (x, None, groups, None, bias, 1e-5, True, scale)
     out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    numbers = (ctypes.c_int64 * 9)(batch, channels, pixels, groups, last, dtype == torch.bfloat16, True, processors, True)
+    numbers = (ctypes.c_int64 * 9)(batch, channels, pixels, groups, last, dtype == torch.bfloat16, True, processors,
+                                   True)
     ctypes.CDLL(str(built(folder, "group_norm_silu"))).run_group_norm_silu(
         pointer(x), pointer(out), pointer(None), pointer(None), pointer(bias), pointer(scale), ctypes.c_double(1e-5),
         numbers)

@@ -9,19 +9,23 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ldmfast import checkpoints
 from ldmfast.ops import _load
 
 ROOT = Path(__file__).resolve().parent.parent
 THIS = ".".join(map(str, sys.version_info[:2]))
+OTHERS = [p for p in os.environ.get("LDMFAST_OTHER_TORCH", "").split(os.pathsep) if p]
 needs_build = pytest.mark.skipif(not _load.load_cpu().loaded, reason="no compiled kernels here")
 
 
@@ -35,24 +39,23 @@ def tool() -> Any:
 
 
 @pytest.fixture(scope="module")
-def wheel(tool, tmp_path_factory) -> Path:
-    """The +cpu wheel of this Python, not yet audited (auditwheel is not among the requirements of the tests)."""
+def made(tool, tmp_path_factory) -> Callable[[str], Path]:
+    """The +cpu wheel of a Python, not yet audited (auditwheel is not among the requirements of the tests)."""
     scratch = tmp_path_factory.mktemp("wheels")
     base = tool.base_wheel("cpu", scratch)
-    python = tool.find_python(THIS)
-    return tool.repack(base, python, "cpu", tool.host_module(python, "cpu", scratch), scratch / "cpu/build")
+
+    def of(version: str) -> Path:
+        python = tool.find_python(version)
+        return tool.repack(base, python, "cpu", tool.host_module(python, "cpu", scratch), scratch / "cpu/build")
+    return of
 
 
-@needs_build
-def test_the_wheel_runs_in_an_empty_environment(wheel, tmp_path):
-    """Nothing but the wheel and torch: here the torch it was built with, by name, as no other is to be had without
-    gigabytes (the index has no CPU build of 2.10). That the library asks no more of torch than 2.10 has is
-    torch-abi-audit's word."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
-    site = tmp_path / f"env/lib/python{THIS}/site-packages"
-    zipfile.ZipFile(wheel).extractall(site)
-    (site / "torch.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
-    code = """
+@pytest.fixture(scope="module")
+def wheel(made) -> Path:
+    return made(THIS)
+
+
+RUNS = """
 import json, torch, ldmfast, ldmfast.kernels
 x, w = torch.randn(2, 32, 4, 4), torch.ones(32)
 y = ldmfast.ops.group_norm_silu(x, 8, w, w, 1e-5)
@@ -61,13 +64,77 @@ print(json.dumps({"file": ldmfast.__file__, "error": float((y - wanted).abs().ma
                   "torch": torch.__version__, "levels": ldmfast.info()["cpu_levels"],
                   "build": ldmfast.ops._load.build_record()}))
 """
-    done = subprocess.run([tmp_path / "env/bin/python", "-I", "-W", "error::RuntimeWarning", "-c", code], text=True,
-                          cwd=tmp_path, capture_output=True, check=False)
+SHARED = """
+import json, ldmfast
+from ldmfast.checkpoints import open_folder
+from ldmfast.pipelines.load import ASSETS
+parts = open_folder(ASSETS / "tiny_dit")
+print(json.dumps({"weights": sorted(str(p.relative_to(ASSETS)) for p in ASSETS.rglob("*.safetensors")),
+                  "tensors": {p: sorted(parts.tensors(p)) for p in parts.names if p.startswith(("vae", "text_encoder"))
+                              and parts.index[p][0]},
+                  "configs": {p: parts.config(p) for p in ("vae", "text_encoder_2", "tokenizer_2")},
+                  "bytes": sum(p.stat().st_size for p in ASSETS.rglob("*") if p.is_file())}))
+"""
+
+
+def installed(wheel: Path, folder: Path, python: str = sys.executable) -> Path:
+    """An environment of that interpreter with nothing but the wheel's files, and the packages beside its torch."""
+    code = "import sys, torch; print('%d.%d' % sys.version_info[:2], torch.__path__[0])"
+    said = subprocess.run([python, "-c", code], text=True, capture_output=True, check=True).stdout
+    version, torch_folder = said.split()
+    subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True)
+    site = folder / f"lib/python{version}/site-packages"
+    zipfile.ZipFile(wheel).extractall(site)
+    (site / "torch.pth").write_text(str(Path(torch_folder).parent) + "\n")
+    return site
+
+
+def answer(folder: Path, code: str) -> Any:
+    done = subprocess.run([folder / "bin/python", "-I", "-W", "error::RuntimeWarning", "-c", code], text=True,
+                          cwd=folder, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@needs_build
+def test_the_wheel_runs_in_an_empty_environment(wheel, tmp_path):
+    """Nothing but the wheel and torch: here the torch it was built with."""
+    site = installed(wheel, tmp_path / "env")
+    found = answer(tmp_path / "env", RUNS)
     assert found["file"].startswith(str(site)) and found["torch"] == torch.__version__
     assert found["error"] < 1e-5 and found["live"]["group_norm_silu"]["cpu"] == "cpp" and found["levels"]
     assert found["build"]["wheel"] == "cpu" and found["build"]["host"] == "built"
+
+
+@needs_build
+@pytest.mark.skipif(not OTHERS, reason="LDMFAST_OTHER_TORCH names no interpreters with another torch (every other one "
+                                       "in the index comes with gigabytes of CUDA)")
+@pytest.mark.parametrize("python", OTHERS)
+def test_the_wheel_runs_on_another_torch(made, python, tmp_path):
+    """Not the torch it was built with: LDMFAST_OTHER_TORCH=/env-2.10/bin/python:/env-2.11/bin/python."""
+    asked = subprocess.run([python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], text=True,
+                           capture_output=True, check=True).stdout.strip()
+    site = installed(made(asked), tmp_path / "env", python)
+    found = answer(tmp_path / "env", RUNS)
+    assert found["file"].startswith(str(site)) and found["torch"] != torch.__version__
+    assert found["error"] < 1e-5 and found["live"]["group_norm_silu"]["cpu"] == "cpp" and found["levels"]
+
+
+@needs_build
+def test_the_wheel_holds_every_shipped_file_once(wheel, tmp_path):
+    """In a checkout the two shipped models share files by links, of which a wheel would make copies (22.7 MB)."""
+    installed(wheel, tmp_path / "env")
+    found, here = answer(tmp_path / "env", SHARED), checkpoints.open_folder(ROOT / "ldmfast/assets/tiny_dit")
+    assert found["weights"] == ["tiny/text_encoder/model.safetensors", "tiny/unet/diffusion_pytorch_model.safetensors",
+                                "tiny/vae/diffusion_pytorch_model.safetensors",
+                                "tiny_dit/text_encoder/model.safetensors",
+                                "tiny_dit/transformer/diffusion_pytorch_model.safetensors"]
+    assert found["bytes"] <= 20_000_000
+    assert set(found["tensors"]) == {"vae", "text_encoder", "text_encoder_2"}
+    for part, names in found["tensors"].items():
+        assert names == sorted(here.tensors(part))
+    for part, config in found["configs"].items():
+        assert config == here.config(part)
 
 
 @needs_build

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,17 @@ from .weight_file import Stored, WeightFile
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _ENDINGS = ("safetensors", "bin", "ckpt", "pt")
+_SHIPPED = Path(__file__).resolve().parent.parent / "assets"
 _CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
 class Folder(Parts):
-    """A diffusers pipeline folder, or the folder of one model (then its only part is called "model")."""
+    """A diffusers pipeline folder, or the folder of one model (then its only part is called "model").
+
+    The folders that ship with ldmfast share files, by links in a checkout. A wheel cannot hold links, so there the
+    files are missing and shared.json beside model_index.json says in which shipped folder a part's are. Others' folders
+    have no such say.
+    """
 
     def __init__(self, path: str | os.PathLike[str], variant: str | None = None):
         self.path = Path(path)
@@ -38,6 +45,9 @@ class Folder(Parts):
         else:
             raise CheckpointError(f"{self.path}: has no model_index.json; give the folder that "
                                   "save_pretrained wrote")
+        self.shared: dict[str, Path] = {}
+        if self.path.resolve().parent == _SHIPPED and (self.path / "shared.json").is_file():
+            self.shared = {part: _SHIPPED / name for part, name in read_json(self.path / "shared.json").items()}
         if variant is not None:
             self._check_variant(variant)
 
@@ -45,6 +55,8 @@ class Folder(Parts):
         self.class_name(part)
         if self.index.get("_class_name") is None and part == "model":
             return self.path
+        if part in self.shared and not os.path.isdir(self.path / part):
+            return self.shared[part]
         if Path(part).name != part or part == ".." or not os.path.isdir(self.path / part):
             raise CheckpointError(f"{self.path}: model_index.json names {part[:80]!r}, the folder {part[:80]}/ is "
                                   "missing")
@@ -109,12 +121,12 @@ class Folder(Parts):
     def _found(self, part: str) -> tuple[list[Path], Path | None]:
         """The part's weight files, and the index that names them if they are shards."""
         folder = self.folder(part)
-        for variant in ([self.variant] if self.variant else []) + [None]:
-            for ending in _ENDINGS:
-                for stem in _STEMS:
-                    found = _find(folder, stem, ending, variant)
-                    if found is not None:
-                        return found
+        variants = ([self.variant] if self.variant else []) + [None]
+        for place in (folder, *([self.shared[part]] if part in self.shared else [])):
+            for variant, ending, stem in itertools.product(variants, _ENDINGS, _STEMS):
+                found = _find(place, stem, ending, variant)
+                if found is not None:
+                    return found
         hint = ", ".join(_variants(folder))
         raise CheckpointError(f"{folder}: has no weights ({_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors)"
                               + (f"; there are variants: {hint}" if hint else ""))

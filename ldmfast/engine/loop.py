@@ -38,7 +38,7 @@ def key(denoiser: Denoiser, x: Tensor, table: StepTable) -> Hashable:
     rescaled = None if plan.linear else (plan.rescale, tuple(map(float, plan.weights[0])))
     extra = None if denoiser.extra is None else denoiser.extra.shape
     return (tuple(x.shape), x.dtype, denoiser.dtype, denoiser.branches, tuple(states), extra, rescaled, table.columns,
-            bool((table.c_in == 1).all()), capacity(table))
+            bool((table.c_in == 1).all()), capacity(table), getattr(denoiser.unet, "fp8_attention", False))
 
 
 class Loop:

@@ -98,6 +98,7 @@ class Model(nn.Module):
         self.config: Any = config
         self.plan: Plan | None = None
         self.variants: tuple[Any, ...] = ()
+        self.fp8_attention = False
 
     @classmethod
     def from_config(cls: type[M], config: Config | Mapping[str, Any]) -> M:
@@ -173,6 +174,16 @@ class Model(nn.Module):
             if name in kept and isinstance(layer, (Linear, Conv2d)):
                 layer.int8 = None
         return twin
+
+    def attend_in_fp8(self, on: bool = True) -> None:
+        """From the next call on, attention among the tokens of a picture (and its prompt, in joint blocks) multiplies
+        e4m3 numbers, ``ops.attention_fp8``: faster where the GPU has such products, and less exact. Attention to
+        prompts and to tokens with a mask stays as it is. For GPUs; of a pipeline: ``pipe.unet.attend_in_fp8()``."""
+        self.fp8_attention = on
+        for network in (self, *self.variants):
+            for module in network.modules():
+                if hasattr(type(module), "fp8"):
+                    module.fp8 = on
 
     @property
     def dtype(self) -> torch.dtype:

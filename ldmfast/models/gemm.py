@@ -19,8 +19,8 @@ from ..ops.linear_geglu import plain_weight, side_by_side
 from ..ops.pack_weight import image_weight
 from .direct import Direct
 from .onednn import INT8_SCHEMAS, SCHEMAS, Packed, as_expected
-from .quantized import Quantized, weight_sums
-from .rowwise import RowCodes, RowwiseWeight, rows_to_int8
+from .quantized import Quantized
+from .rowwise import RowCodes, RowwiseWeight, rows_to_int8, sums_of_rows
 
 ONEDNN = as_expected(SCHEMAS, "products run through torch.nn.functional, which is slower")
 ONEDNN_INT8 = as_expected(INT8_SCHEMAS, "int8 products run as floating-point ones, which is slower")
@@ -72,7 +72,7 @@ class Int8Weight(nn.Module):
         self.packed = ONEDNN_INT8 and not self.own and values.device.type == "cpu"
         self.layout: Packed | None = None
         # what a zero point of 1 adds to each output
-        sums = weight_sums(values)
+        sums = sums_of_rows(values)
         if self.own:
             self.values = ops.pack_weight(side_by_side(values) if self.gated else values)
         elif self.packed and conv is not None:
@@ -144,6 +144,7 @@ class Linear(Direct, nn.Linear):
 
     int8: Int8Weight | None
     rowwise: RowwiseWeight | None  # the form of 8 bits that takes a floating x
+    row_form = ""  # which codes with a scale a row it takes: of rowwise.FORMS, or none
     border = 0
     lora: Any = None  # a loras.Side: (x, residual) -> residual with what adapters add to it
     # outputs and inputs from which our own product is faster (docs/performance.md, "Our own products")
@@ -194,7 +195,7 @@ class Linear(Direct, nn.Linear):
 
     def quantize_rows(self, form: str) -> None:
         """Turns into a product of 8 bits with a scale for each row, of its plain weight. form: of rowwise.FORMS."""
-        self.rowwise = RowwiseWeight(self.weight, self.bias, form)
+        self.rowwise, self.row_form = RowwiseWeight(self.weight, self.bias, form), form
         self.register_parameter("weight", None)
 
     def pack(self) -> None:
@@ -206,11 +207,6 @@ class Linear(Direct, nn.Linear):
     def own(self) -> bool:
         """Whether ``weight`` is packed for a product of our own."""
         return self.weight is not None and self.weight.ndim == 7
-
-    @property
-    def row_form(self) -> str:
-        """Which codes with a scale a row it takes: of rowwise.FORMS, or "" for none."""
-        return "" if self.rowwise is None else self.rowwise.form
 
     def dense(self) -> Tensor:
         """The weight (out, in), plain again if it was packed."""
@@ -243,11 +239,9 @@ class GatedLinear(Linear):
 
     own_from: ClassVar[tuple[int, int]] = (1, 1)
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor | Quantized | RowCodes, *, codes: bool = False, rows: str = "",
-    ) -> Tensor | Quantized | RowCodes:
+    def forward(self, x: Any, *, codes: bool | str = False) -> Any:  # type: ignore[override]
         """x: (..., in) -> (..., out_features / 2). codes: 8 bits, where the layer that follows takes them and they cost
-        less than it would pay itself. rows: the form of 8 bits by rows that it takes, if any."""
+        less than it would pay itself; of rowwise.FORMS for one that takes such."""
         w, inner = self.int8, self.out_features // 2
         if self.lora is not None and (self.own if w is None else w.own):
             y = self.lora.values_gates(self, x)
@@ -260,8 +254,8 @@ class GatedLinear(Linear):
             assert isinstance(x, Tensor)
             return ops.linear_geglu(x, self.weight, self.bias, out_features=inner)
         y = super().forward(x)
-        if rows:
-            return RowCodes(*ops.geglu_rows(y, fp8=rows == "fp8"), y.dtype)
+        if isinstance(codes, str) and codes:
+            return RowCodes(*ops.geglu_rows(y, fp8=codes == "fp8"), y.dtype)
         return Quantized(*ops.geglu_q8(y)) if codes else ops.geglu(y)
 
     def pack(self) -> None:

@@ -58,6 +58,8 @@ class JointAttention(Joined):
     to_qkv: Linear | None  # to_q, to_k and to_v as one product, and the same of the text, after join()
     to_added_qkv: Linear | None
 
+    fp8 = False  # Model.attend_in_fp8
+
     def __init__(self, dim: int, heads: int, head_dim: int, *, text: bool = True, text_out: bool = True,
                  qk_norm: bool = True, out: bool = True):
         super().__init__()
@@ -122,8 +124,8 @@ class JointAttention(Joined):
         q, k, v = self.normed(self.project(x), text_qkv, rope)
         cut, (to_out,) = text_qkv.shape[1], cast(Any, self.to_out)
         if self.to_add_out is None:
-            return to_out(_mixed(q[:, cut:], k, v, attend, cut).flatten(2)), None
-        out = _mixed(q, k, v, attend, cut).flatten(2)
+            return to_out(_mixed(q[:, cut:], k, v, attend, cut, self.fp8).flatten(2)), None
+        out = _mixed(q, k, v, attend, cut, self.fp8).flatten(2)
         return to_out(out[:, cut:]), self.to_add_out(out[:, :cut])
 
     def alone(self, x: Tensor | Quantized, rope: Rope | None = None, keep: Callable[[Tensor], None] | None = None,
@@ -133,7 +135,7 @@ class JointAttention(Joined):
         qkv = self.project(x)
         if keep is not None:
             keep(qkv)
-        out = _mixed(*self.normed(qkv, None, rope), attend).flatten(2)
+        out = _mixed(*self.normed(qkv, None, rope), attend, fp8=self.fp8).flatten(2)
         return out if self.to_out is None else self.to_out[0](out)
 
     def beside(self, x: Tensor | Quantized, text_qkv: Tensor, rope: Rope | None = None,
@@ -143,12 +145,14 @@ class JointAttention(Joined):
         qkv, cut = self.project(x), text_qkv.shape[1]
         q, k, v = (self.normed(qkv, text_qkv, rope) if self.text else
                    self.normed(torch.cat([text_qkv, qkv], dim=1), None, rope))
-        out = _mixed(q[:, cut:], k, v, attend, cut).flatten(2)
+        out = _mixed(q[:, cut:], k, v, attend, cut, self.fp8).flatten(2)
         return out if self.to_out is None else self.to_out[0](out)
 
 
-def _mixed(q: Tensor, k: Tensor, v: Tensor, attend: Attend | None = None, text: int = 0) -> Tensor:
-    return ops.attention(q, k, v) if attend is None else attend(q, k, v, None, text)
+def _mixed(q: Tensor, k: Tensor, v: Tensor, attend: Attend | None = None, text: int = 0, fp8: bool = False) -> Tensor:
+    if attend is not None:
+        return attend(q, k, v, None, text)
+    return ops.attention_fp8(q, k, v) if fp8 else ops.attention(q, k, v)
 
 
 class _Gelu(nn.Module):

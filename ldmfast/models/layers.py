@@ -246,6 +246,7 @@ class Attention(Joined):
 
     slot = -1  # position of this block's prompt keys and values in a UNet's per-call state
     context: slice = slice(None)  # tokens of the prompt that this block sees
+    fp8 = False  # Model.attend_in_fp8
     to_qkv: Linear | None  # to_q, to_k and to_v as one product, or to_k and to_v of a cross-attention, after join()
     to_kv: Linear | None
 
@@ -295,7 +296,9 @@ class Attention(Joined):
         else:
             q, (k, v) = self._heads(self.to_q(x)), self.keys_values(x)
         to_out, = self.to_out
-        mixed = ops.attention(q, k, v, bias=bias) if attend is None else attend(q, k, v, bias, 0)
+        own = self.fp8 and kv is None and bias is None
+        mixed = (attend(q, k, v, bias, 0) if attend is not None else
+                 ops.attention_fp8(q, k, v) if own else ops.attention(q, k, v, bias=bias))
         return to_out(mixed.flatten(2), residual)
 
 
@@ -357,4 +360,4 @@ class FeedForward(Direct):
 
     def forward(self, x: Tensor | Quantized, residual: Tensor) -> Tensor:
         first, _, last = self.net
-        return last(cast(GEGLU, first).proj(x, codes=last.int8 is not None, rows=last.row_form), residual)
+        return last(cast(GEGLU, first).proj(x, codes=last.row_form or last.int8 is not None), residual)

@@ -130,7 +130,7 @@ class MLP(Direct):
     def forward(self, x: Tensor | Quantized) -> Tensor:
         first, last = self.entry, cast(Linear, self.net[2])
         if isinstance(first, GatedLinear):
-            return last(first(x, codes=last.int8 is not None, rows=last.row_form))
+            return last(first(x, codes=last.row_form or last.int8 is not None))
         inner = first(x)
         return last(inner if isinstance(first, GeluLinear) else nn.functional.gelu(inner))
 

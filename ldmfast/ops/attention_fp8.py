@@ -82,8 +82,8 @@ _call = register(Op("attention_fp8", "(Tensor q, Tensor k, Tensor v, float scale
 def attention_fp8(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False,
                   block_size: int = 1) -> Tensor:
     """attention(q, k, v, ...) without a bias, its factors rounded to e4m3 (Shah et al. 2024, section 3.3): q and the
-    keys less their mean with a scale for each token of a head, v with one for each channel of a head, the weights of the
-    softmax with one for all. On numbers from a normal distribution the result is 4 to 6% off (root mean square).
+    keys less their mean with a scale for each token of a head, v with one for each channel of a head, the weights of
+    the softmax with one for all. On numbers from a normal distribution the result is 4 to 6% off (root mean square).
 
     Arguments and result as in ``ops.attention``. For GPUs of compute capability 8.9 and newer: on a CPU the reference
     runs. Raises PrecisionError on older GPUs, and as ``ops.attention``.

@@ -48,8 +48,9 @@ def cases() -> Iterator[Case]:
         yield case(old.name, " ".join(old.tags), make(old, number % 2 == 0))
 
 
-_call = register(Op("layer_norm_modulate_rows", "(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, "
-                    "float eps, bool fp8)" + ROW_RESULT, reference, fake, cases, cost, peer, gpu_only=True))
+_call = register(Op("layer_norm_modulate_rows", "(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, "
+                    "Tensor? bias, float eps, bool fp8)" + ROW_RESULT, reference, fake, cases, cost, peer,
+                    gpu_only=True))
 
 
 def layer_norm_modulate_rows(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,

@@ -59,13 +59,17 @@ def write_folder(pipe: StableDiffusion3Pipeline, out: Path) -> None:
 
 
 def link_shared(out: Path) -> None:
-    """A link in place of every file that the shipped UNet's folder has, too, or that came before."""
+    """A link in place of every file that the shipped UNet's folder has, too, or that came before; and shared.json,
+    which says the same of parts for wheels, which cannot hold links (ldmfast/checkpoints/folder.py)."""
     known = {p.read_bytes(): p for p in SHIPPED.rglob("*") if p.is_file()}
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         first = known.setdefault(path.read_bytes(), path)
         if first is not path:
             path.unlink()
             path.symlink_to(os.path.relpath(first, path.parent))
+    shared = {p.relative_to(out).parts[0]: os.path.relpath(p.resolve().parent, SHIPPED.resolve().parent)
+              for p in sorted(out.rglob("*")) if p.is_symlink()}
+    (out / "shared.json").write_text(json.dumps(shared, indent=2) + "\n")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 import ldmfast
 from ldmfast import ops
 from ldmfast.errors import PrecisionError
-from ldmfast.models import DiT, rowwise
+from ldmfast.models import DiT, layers, rowwise
 from ldmfast.models.gemm import Conv2d, GatedLinear, Linear
 from ldmfast.models.layers import LayerNorm
 from ldmfast.models.linears import GeluLinear, SplitLinear
@@ -103,7 +103,8 @@ def test_norms_and_gates_give_codes_themselves(form, monkeypatch):
     model = tensorwise.unet(Plan(form=form))
     blocks = [m for m in model.modules() if type(m).__name__ == "TransformerBlock"]
     assert blocks and all(b.ff.entry.rowwise is not None for b in blocks)
-    monkeypatch.setattr(rowwise.ops, "quantize_rowwise", lambda x, fp8: asked.append(tuple(x.shape)) or rowwise_op(x, fp8=fp8))
+    monkeypatch.setattr(rowwise.ops, "quantize_rowwise",
+                        lambda x, fp8: asked.append(tuple(x.shape)) or rowwise_op(x, fp8=fp8))
     tensorwise.run(model)
     layers = [m for m in model.modules() if isinstance(m, Linear) and m.rowwise is not None]
     fed = sum(3 + 1 for _ in blocks)  # attn1's and attn2's entry, the MLP's two linears
@@ -156,6 +157,33 @@ def test_sqnr_of_rows_is_near_theory(form):
     assert set(table) == {n for n, m in unet.named_modules() if isinstance(m, Linear) and can_be_int8(n)}
     low, high = (22, 35) if form == "fp8" else (30, 46)
     assert table and all(low < row[0] < high for row in table.values()), table
+
+
+def test_attention_in_fp8_is_opted_in(monkeypatch):
+    """Among the tokens of a picture only; off again, every bit is as before."""
+    model, seen = tensorwise.unet(None), []
+    before, fp8 = tensorwise.run(model), layers.ops.attention_fp8
+    monkeypatch.setattr(layers.ops, "attention_fp8", lambda q, k, v: seen.append(k.shape[1]) or fp8(q, k, v))
+    model.attend_in_fp8()
+    out = tensorwise.run(model)
+    blocks = [m for m in model.modules() if isinstance(m, layers.Attention) and m.context_dim is None]
+    assert len(seen) == len(blocks) > 0 and 5 not in seen  # the prompt has five tokens
+    error = float((out - before).norm() / before.norm())
+    assert 0 < error < 0.1, error
+    model.attend_in_fp8(False)
+    assert torch.equal(tensorwise.run(model), before)
+
+
+@pytest.mark.parametrize("depth", [40, 64, 128])
+def test_attention_in_fp8_against_float64(depth):
+    """The error that its docstring states, of the rounding of q, k and v (that of the weights: tests/test_triton.py).
+    Keys far from zero, alike for all tokens, cost nothing."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 256, 2, depth) for _ in range(3))
+    for moved in (k, k + 20 * torch.randn(depth)):
+        exact = ops.ROWS["attention"].reference(q.double(), moved.double(), v.double(), None, depth**-0.5, False, 1)
+        error = float((ops.attention_fp8(q, moved, v).double() - exact).norm() / exact.norm())
+        assert 0.005 < error < 0.06, error
 
 
 def test_fp8_pipeline_draws_what_bf16_draws():
