@@ -6,6 +6,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import LdmfastError
@@ -65,7 +66,8 @@ def start_step(steps: int, strength: float, *, flow: bool = False) -> int:
 
 def make_table(schedule: Schedule, solver: str | None = None, steps: int | None = None, *,
                timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None,
-               network_times: Sequence[float] | None = None, strength: float | None = None, start: int = 0,
+               network_times: Sequence[float] | Callable[[float], float] | None = None,
+               epsilon_scale: float | tuple[float, float] = 1.0, strength: float | None = None, start: int = 0,
                mu: float | None = None, image_seq_len: int | None = None,
                guidance: float | Sequence[float] | None = None, **options: Any) -> StepTable:
     """The step table of a run.
@@ -73,7 +75,8 @@ def make_table(schedule: Schedule, solver: str | None = None, steps: int | None 
     solver: a name of SOLVERS; None takes the one of the schedule's config. One of ``steps``, ``timesteps``
     (falling, training times) or ``sigmas`` (falling; with the run's end as last value, for flow schedules
     without).
-    network_times: what the network is told instead, one a step or one a stage.
+    network_times: what the network is told instead, one a step or one a stage, or a function of its time.
+    epsilon_scale: lambda, or (constant, slope), of Schedule.epsilon_scale: noise predictions are divided by it.
     strength in [0, 1], or start: skip the first steps (image to image).
     mu, or image_seq_len (latent patches): fix a dynamic shift.
     guidance: as in StepTable.with_guidance. options: the solver's own (``solver_options``).
@@ -92,6 +95,7 @@ def make_table(schedule: Schedule, solver: str | None = None, steps: int | None 
     if count is None:
         raise LdmfastError("make_table: needs steps, timesteps or sigmas")
     _check_kind(name, schedule)
+    schedule = _scale_epsilon(name, schedule, epsilon_scale)
     schedule = _fix_shift(schedule, mu, image_seq_len)
     known = solver_options(name)
     for option in options:
@@ -141,6 +145,18 @@ def _check_kind(name: str, schedule: Schedule) -> None:
         raise LdmfastError(f"{name} needs a rectified-flow schedule (flow=True, "
                            f"prediction_type='flow_prediction'), this one predicts "
                            f"{schedule.prediction_type}; use for example {name.removeprefix('flow_')}")
+
+
+def _scale_epsilon(name: str, schedule: Schedule, scale: float | tuple[float, float]) -> Schedule:
+    constant, slope = scale if isinstance(scale, (tuple, list)) else (scale, 0.0)
+    if (constant, slope) == (1, 0):
+        return schedule
+    if not (min(constant, constant + slope) > 0 and math.isfinite(constant + slope)):
+        raise LdmfastError(f"make_table: epsilon_scale={scale} must stay positive over the training times 0 to 1")
+    if name in (*FLOW_ONLY, "pndm"):
+        raise LdmfastError(f"{name} adds up the network's outputs as they are; for epsilon_scale use dpmpp_2m, or "
+                           "leave it out")
+    return replace(schedule, epsilon_scale=(float(constant), float(slope)))
 
 
 def _fix_shift(schedule: Schedule, mu: float | None, image_seq_len: int | None) -> Schedule:

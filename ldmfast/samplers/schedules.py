@@ -46,6 +46,8 @@ class Schedule:
     ``flow`` selects rectified-flow levels x = (1 - sigma) x0 + sigma noise; otherwise the levels are
     variance preserving, x = sqrt(abar) x0 + sqrt(1 - abar) noise (Ho et al. 2020, eq. 4), and
     sigma = sqrt((1 - abar) / abar). ``sigma_spacing`` spreads the sigmas of the sigma-space solvers.
+    ``epsilon_scale`` is the lambda of Ning et al. 2024 that predicted noise is divided by, as (constant, slope over the
+    training times from 0 to 1): networks meet noisier states as they sample than in training.
     ``options`` are solver settings found in a config, ``config`` the config itself (``for_solver`` reads it).
     Raises LdmfastError for a value outside its set.
     """
@@ -82,6 +84,7 @@ class Schedule:
     thresholding: bool = False
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
+    epsilon_scale: tuple[float, float] = (1.0, 0.0)
     solver: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     config: Mapping[str, Any] | None = field(default=None, hash=False, repr=False)

@@ -9,7 +9,7 @@ from network output at (c_in[i] * x, network_times[i]). Solvers build tables; ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import LdmfastError, ShapeError
 from .schedules import Array, Schedule
+from .spacing import sigma_to_time
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,11 @@ class StepTable:
             matrices=split(self.matrices, weights[:, None, :]),
             x0_rows=split(self.x0_rows, weights))
 
-    def with_network_times(self, times: Sequence[float]) -> StepTable:
-        """This table with other times shown to the network: one a stage, or one a step for all its stages."""
+    def with_network_times(self, times: Sequence[float] | Callable[[float], float]) -> StepTable:
+        """This table with other times shown to the network: one a stage, or one a step for all its stages; or a
+        function of the times that it would be shown, such as ``time_buckets``."""
+        if callable(times):
+            times = [times(float(t)) for t in self.network_times]
         values = np.asarray(times, dtype=np.float64)
         if values.shape == (self.num_steps,):
             values = values[self.step_index]
@@ -190,7 +194,7 @@ class TableBuilder:
             option = "thresholding" if schedule.thresholding else "clip_sample"
             raise LdmfastError(f"{solver}: {option}=True is not supported by this solver; use ddim, "
                                "or switch it off")
-        self.solver, self.prediction_type = solver, schedule.prediction_type
+        self.solver, self.prediction_type, self._schedule = solver, schedule.prediction_type, schedule
         names = ["x", "e", "noise", *(["x0"] if self.clip else []), *(f"r{i}" for i in range(registers))]
         unit = dict(zip(names, np.eye(len(names))))
         self.columns = tuple(names)
@@ -211,7 +215,8 @@ class TableBuilder:
         The only place that knows the parametrisations: epsilon (Ho et al. 2020), sample, v = alpha eps -
         sigma x0 at alpha^2 + sigma^2 = 1 (Salimans & Ho 2022, appendix D; other states are scaled there
         first), and flow = eps - x0 at alpha + sigma = 1 (Liu et al. 2022). x0 is the clipped column where the
-        solver clips; eps never is.
+        solver clips; eps never is. Where the schedule scales it, eps is eps / lambda and x0 follows from it (Ning et
+        al. 2024, "Elucidating the Exposure Bias in Diffusion Models", equation 13).
         """
         x = self.x if x is None else x
         if self.prediction_type == "epsilon":
@@ -227,8 +232,23 @@ class TableBuilder:
             eps = alpha / s * self.e + sigma / s * (x / s)
         else:
             x0, eps = x - sigma * self.e, x + alpha * self.e
+        scale = self._epsilon_scale(alpha, sigma)
+        if scale != 1:
+            eps = eps / scale
+            x0 = (x - sigma * eps) / alpha
         self._x0_row = x0
         return (x0 if self._clipped is None else self._clipped), eps
+
+    def _epsilon_scale(self, alpha: float, sigma: float) -> float:
+        constant, slope = self._schedule.epsilon_scale
+        if (constant, slope) == (1.0, 0.0):
+            return 1.0
+        if alpha == 0:
+            raise LdmfastError(f"{self.solver}: epsilon_scale has no meaning at zero terminal SNR; leave it out")
+        if self._schedule.flow:
+            return constant + slope * sigma
+        time = sigma_to_time(np.array([sigma / alpha]), self._schedule)[0]
+        return float(constant + slope * time / self._schedule.num_train_timesteps)
 
     def stage(self, time: float, x: Array, registers: dict[int, Array] | None = None, *, c_in: float = 1.0,
               end: bool = True) -> None:
