@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from ..errors import CheckpointError
 from ..models.base import Model
 from ..models.gemm import Conv2d, Linear
 from ..models.layers import Joined
-from . import kohya
-from .key import Key
+from . import kohya, original
+from .key import DENOISERS, Key
 from .read import Entry, Source, read
 from .side import Layer, Pair, pair
 
@@ -53,11 +53,13 @@ def slots(network: Model) -> dict[str, Slot]:
     found: dict[str, Slot] = {}
     joined: set[str] = set()
     for path, module in network.named_modules():
-        if isinstance(module, Joined) and getattr(module, module.joined) is not None:
-            whole = getattr(module, module.joined)
-            joined.add(f"{path}.{module.joined}")
-            for i, leaf in enumerate(module.joins):
-                found[f"{path}.{leaf}"] = Slot(f"{path}.{module.joined}", whole, i, len(module.joins))
+        if isinstance(module, Joined):
+            for name, leaves in module.groups:
+                whole = getattr(module, name)
+                if whole is not None:
+                    joined.add(f"{path}.{name}")
+                    found |= {f"{path}.{n}": Slot(f"{path}.{name}", whole, i, len(leaves))
+                              for i, n in enumerate(leaves)}
         elif isinstance(module, (Linear, Conv2d)) and path not in joined:
             found[path] = Slot(path, module)
     return {name.removeprefix("text_model."): slot for name, slot in found.items()}
@@ -72,23 +74,30 @@ def load(source: Source, networks: Mapping[str, Model], weight_name: str | None 
     """
     where, entries = read(source, weight_name, network_alphas)
     places = {component: slots(network) for component, network in networks.items()}
+    denoiser = next((c for c in DENOISERS if c in places), None)
+    entries = {k._replace(component=denoiser) if k.component == "unet" and denoiser else k: e
+               for k, e in entries.items()}
     names = {component: kohya.spellings(component, table, [k.module for k in entries if k[::3] == (component, True)])
              for component, table in places.items()}
+    originals = original.names(places["transformer"]) if denoiser == "transformer" else {}
     layers: dict[str, dict[str, tuple[Slot, dict[int, Entry]]]] = {}
-    for key, entry in entries.items():
-        component, module = _find(where, key, entry, places, names)
-        slot = places[component][module]
-        _check(where, entry, slot)
-        _, parts = layers.setdefault(component, {}).setdefault(slot.path, (slot, {}))
-        if parts.setdefault(slot.part, entry) is not entry:
-            raise CheckpointError(f"{where}: {entry.key!r} and {parts[slot.part].key!r} are for the same layer; keep "
-                                  "one of them")
+    for key, given in entries.items():
+        component, modules, swapped = _find(where, key, given, places, names, originals)
+        each = [places[component][m] for m in modules]
+        for slot, entry in zip(each, _shares(where, given, each, swapped)):
+            _check(where, entry, slot)
+            _, parts = layers.setdefault(component, {}).setdefault(slot.path, (slot, {}))
+            if parts.setdefault(slot.part, entry) is not entry:
+                raise CheckpointError(f"{where}: {entry.key!r} and {parts[slot.part].key!r} are for the same layer; "
+                                      "keep one of them")
     return Adapter({component: {path: _pair(where, networks[component], *found) for path, found in table.items()}
                     for component, table in layers.items()}, _fingerprint(entries.values()))
 
 
 def _find(where: str, key: Key, entry: Entry, places: Mapping[str, Mapping[str, Slot]],
-          names: Mapping[str, Mapping[str, str]]) -> tuple[str, str]:
+          names: Mapping[str, Mapping[str, str]], originals: Mapping[str, original.Target],
+          ) -> tuple[str, tuple[str, ...], bool]:
+    """Component, its modules, and whether the halves of their outputs are the other way round."""
     if key.component is not None and key.component not in places:
         raise CheckpointError(f"{where}: {entry.key!r} is for {key.component}, and there is only {', '.join(places)}; "
                               "it was made for another kind of model")
@@ -96,9 +105,29 @@ def _find(where: str, key: Key, entry: Entry, places: Mapping[str, Mapping[str, 
         module = key.module.removeprefix("text_model.")
         module = names[component].get(module, "") if key.flat else module
         if module in places[component]:
-            return component, module
+            return component, (module,), False
+        if component == "transformer" and (found := _original(key, originals)) is not None:
+            return component, *found
     raise CheckpointError(f"{where}: {entry.key!r} {tuple(entry.down.shape)} has no place in "
                           f"{key.component or ' or '.join(places)}; it was made for another kind of model")
+
+
+def _original(key: Key, originals: Mapping[str, original.Target]) -> original.Target | None:
+    if key.flat:
+        return next((t for name, t in originals.items() if name.replace(".", "_") == key.module), None)
+    return originals.get(key.module)
+
+
+def _shares(where: str, entry: Entry, each: Sequence[Slot], swapped: bool) -> list[Entry]:
+    """The LoRA of an original layer as one for each of its modules, which are below each other in it."""
+    if len(each) == 1 and not swapped:
+        return [entry]
+    rows, up = [slot.shape[0] for slot in each], entry.up
+    if len(up) != sum(rows):
+        raise CheckpointError(f"{where}: {entry.key!r} goes with an up matrix {tuple(up.shape)}, its layers have "
+                              f"{' + '.join(map(str, rows))} outputs; it was made for another kind of model")
+    up = torch.cat(up.chunk(2)[::-1]) if swapped else up
+    return [replace(entry, up=part) for part in up.split(rows)]
 
 
 def _check(where: str, entry: Entry, slot: Slot) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.gemm import Conv2d
+from ..models.linears import SplitLinear
 from ..models.rowwise import RowwiseWeight, rows_to_int8
 from .side import Layer, Pair
 from .twin import shallow
@@ -26,8 +27,10 @@ def fused(layer: Layer, pairs: Sequence[tuple[Pair, float]], known: dict[int, An
         key = id(held if weight is None else weight)
         if key not in known:
             known[key] = _fused_float(layer, pairs)
-        weight, held = known[key]
+        weight, rest, held = known[key]
         vars(new)["_parameters"]["weight"] = weight
+        if isinstance(new, SplitLinear):
+            vars(new)["_parameters"]["rest"] = rest
         if isinstance(new, Conv2d):
             new.layout = held
     if layer.int8 is not None:
@@ -45,7 +48,8 @@ def fused(layer: Layer, pairs: Sequence[tuple[Pair, float]], known: dict[int, An
     return new
 
 
-def _fused_float(layer: Layer, pairs: Sequence[tuple[Pair, float]]) -> tuple[nn.Parameter | None, Any]:
+def _fused_float(layer: Layer, pairs: Sequence[tuple[Pair, float]]) -> tuple[Any, Any, Any]:
+    """The new weight, that of a second input, and that in a convolution's layout; None for what there is not."""
     weight = layer._parameters["weight"]
     packed = weight is None or weight.is_mkldnn or weight.ndim == 7
     new = shallow(layer)
@@ -53,9 +57,11 @@ def _fused_float(layer: Layer, pairs: Sequence[tuple[Pair, float]]) -> tuple[nn.
     new.weight = nn.Parameter(_added(dense, pairs).to(dense.dtype), requires_grad=False)
     if isinstance(new, Conv2d):
         new.layout = None
+    if isinstance(new, SplitLinear):
+        new.rest = None
     if packed:
         new.pack()
-    return new._parameters["weight"], new.layout if isinstance(new, Conv2d) else None
+    return new._parameters["weight"], new._parameters.get("rest"), new.layout if isinstance(new, Conv2d) else None
 
 
 def _added(weight: Tensor, pairs: Sequence[tuple[Pair, float]]) -> Tensor:

@@ -12,9 +12,9 @@ from ..checkpoints import to_ldm
 from ..errors import CheckpointError
 from .key import Key
 
-_PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder",
-             "lora_te2_": "text_encoder_2"}
-_KEY = re.compile(r"(lora_unet_|lora_te[12]?_)([^.]+)\.(?:lora_(down|up)\.weight|(alpha))$")
+_PREFIXES = {"lora_unet_": "unet", "lora_transformer_": "transformer", "lora_te_": "text_encoder",
+             "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te3_": "the T5 encoder"}
+_KEY = re.compile(r"(lora_unet_|lora_transformer_|lora_te[123]?_)([^.]+)\.(?:lora_(down|up)\.weight|(alpha))$")
 
 
 def parse(key: str) -> Key | None:

@@ -16,7 +16,7 @@ from .key import COMPONENTS, Key, dotted
 
 METADATA = "lora_adapter_metadata"
 CONFIG_FILE = "adapter_config.json"
-_KEY = re.compile(r"(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight$")
+_KEY = re.compile(r"(.+)\.lora_(A|B|down|up)(?:\.[^.]+)?\.weight$")  # down, up: ComfyUI's and trainers' of FLUX
 # settings that change what a layer computes, and the values for which it is plain LoRA
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (None, False), "fan_in_fan_out": (None, False), "lora_bias": (None, False),
@@ -28,7 +28,7 @@ def parse(key: str) -> Key | None:
     match = _KEY.match(key)
     if match is None:
         return None
-    return dotted(match[1].removeprefix("base_model.model."), "down" if match[2] == "A" else "up")
+    return dotted(match[1].removeprefix("base_model.model."), "down" if match[2] in ("A", "down") else "up")
 
 
 class Config:

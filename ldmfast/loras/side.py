@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +55,11 @@ class Side:
         if isinstance(layer, Conv2d) and layer.kernel_size != (1, 1):
             self.stride, self.padding = layer.stride, layer.padding
 
-    def __call__(self, x: Tensor | Quantized, residual: Tensor | None, upsample: bool = False) -> Tensor:
+    def __call__(self, x: Any, residual: Tensor | None, upsample: bool = False) -> Tensor:
         """x: as the layer takes it. residual: like its output. Returns the sum of w up(down(x)), and residual, like its
         output."""
+        if isinstance(x, tuple) and not isinstance(x, Quantized):
+            return self._up([self._down_both(x, p.down) for p, _ in self.pairs], None, residual)
         scale = x.scale if isinstance(x, Quantized) else None
         x = self._centred(x) if isinstance(x, Quantized) else x
         if x.ndim != 4:
@@ -70,6 +73,12 @@ class Side:
 
     def _sum(self, x: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:
         return self._up([linear(x, p.down.flatten(1), None, None) for p, _ in self.pairs], scale, residual)
+
+    @staticmethod
+    def _down_both(x: tuple[Tensor, Tensor], down: Tensor) -> Tensor:
+        """Of an input whose channels are in two tensors."""
+        first, rest = (part.contiguous() for part in down.split([t.shape[-1] for t in x], dim=1))
+        return linear(x[1], rest, None, linear(x[0], first, None, None))
 
     def _up(self, inner: Sequence[Tensor], scale: Tensor | None, residual: Tensor | None) -> Tensor:
         out = residual

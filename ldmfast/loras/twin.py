@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..models.base import Model
+from ..models.joint_blocks import Modulations
 from ..models.unet_state import Places
 
 M = TypeVar("M", bound=nn.Module)
@@ -41,4 +42,6 @@ def _rebuilt(module: Any, changed: Mapping[nn.Module, nn.Module]) -> Any:
     vars(new)["_modules"] = children
     if isinstance(vars(module).get("places"), Places):
         new.places = Places(new)
+    if isinstance(vars(module).get("modulations"), Modulations):
+        new.modulations = Modulations(new)
     return new

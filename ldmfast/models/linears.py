@@ -21,6 +21,8 @@ class GeluLinear(Linear):
 
     def forward(self, x: Tensor | Quantized | RowCodes, residual: None = None) -> Tensor:  # type: ignore[override]
         """x: (..., in), floating, or 8-bit for a layer with ``int8`` or ``rowwise`` -> (..., out)."""
+        if self.lora is not None:  # what adapters add comes before GELU, as a residual, which the fused product has not
+            return F.gelu(self._with_adapters(x), approximate="tanh")
         if self.rowwise is not None:
             return F.gelu(self.rowwise(x), approximate="tanh")
         x = x.dense() if isinstance(x, RowCodes) else x
@@ -32,6 +34,17 @@ class GeluLinear(Linear):
         if not gemm._onednn(x):
             return F.gelu(F.linear(x, self.weight, self.bias), approximate="tanh")
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
+
+    def _with_adapters(self, x: Tensor | Quantized | RowCodes) -> Tensor:
+        dense = x.dense() if isinstance(x, RowCodes) else x
+        residual = self.lora(dense, None)
+        if self.rowwise is not None:
+            return self.rowwise(x, residual)
+        if self.int8 is not None:
+            return super()._int8(self.int8, dense, residual)
+        x = dense
+        assert isinstance(x, Tensor)
+        return gemm.linear(x, self.weight, self.bias, residual, self.out_features)
 
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None) -> Tensor:
         if isinstance(x, Tensor):
@@ -52,6 +65,10 @@ class Int8Pair(nn.Module):
         super().__init__()
         self.first, self.rest = first, rest
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the values stand for."""
+        return torch.cat([self.first.dense(dtype), self.rest.dense(dtype)], dim=1)
+
 
 class SplitLinear(Linear):
     """x W^T + b of an x whose channels are in two tensors, the first as wide as the output.
@@ -68,12 +85,14 @@ class SplitLinear(Linear):
     def forward(self, x: tuple[Tensor, Tensor], residual: None = None) -> Tensor:  # type: ignore[override]
         """x: (..., out) and (..., in - out), floating -> (..., out)."""
         first, second = x
+        if self.int8 is None and self.rest is None:
+            return super().forward(torch.cat([first, second], dim=-1))
+        added = None if self.lora is None else self.lora(x, None)
         if self.int8 is not None:
             pair = cast(Any, self.int8)
-            return self._int8(pair.rest, second, self._int8(pair.first, first, None))
-        if self.rest is None:
-            return super().forward(torch.cat([first, second], dim=-1))
-        out = gemm.linear(first, self.weight, self.bias, None, self.out_features)
+            return self._int8(pair.rest, second, self._int8(pair.first, first, added))
+        assert self.rest is not None
+        out = gemm.linear(first, self.weight, self.bias, added, self.out_features)
         return gemm.linear(second, self.rest, None, out, self.out_features)
 
     def pack(self) -> None:

@@ -4,6 +4,7 @@ picture to follow (FluxControlPipeline), and Fill, a picture and what of it to d
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -175,7 +176,7 @@ class FluxPipeline(JointPipeline):
                               image_seq_len=tokens)
 
         request = self.resolve(a, scale if guided or guidance is not None else 1.0, guided, table)
-        result = self.run(replace(request, pixels=self._pixels(pictures, request)))
+        result = copy.copy(self).run(replace(request, pixels=self._pixels(pictures, request)))
         return result if return_dict else (result.images, None)
 
     def _check_pictures(self, given: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ..guidance import repeatable as all_plain
 from ..samplers import StepTable
 from .guided import Guided
 from .inputs import RandomSource, check_inputs_of_callback, check_lists, check_size, random_source
+from .lora import active, check_active, fused_settings, settings_of
 from .output import PipelineOutput, to_output
 from .pipeline import Pipeline
 from .repeat import check_settings
@@ -254,7 +255,8 @@ class JointPipeline(Pipeline):
         common: dict[str, Any] = {
             "ldmfast": __version__, "torch": torch.__version__, "model": self.source,
             "fingerprint": self.loaded.fingerprint, "precision": self.precision, "device": self.device.type,
-            "vae_tiling": self.vae_tiling,
+            "vae_tiling": self.vae_tiling, "fused_loras": fused_settings(self),
+            "loras": settings_of(self, active(self)),
             "mode": "text2img", "height": request.height, "width": request.width, "num_inference_steps": steps,
             "solver": request.table.solver, "clip_skip": request.clip_skip, "guidance_scale": request.guidance_scale,
             "timesteps": None, "sigmas": None, "guidance_rescale": 0.0, "eta": 0.0, "image": None, "mask_image": None,
@@ -281,6 +283,7 @@ class JointPipeline(Pipeline):
                progress: bool = True) -> PipelineOutput:
         """As Pipeline.repeat."""
         check_settings(self, settings, image, mask_image)
+        check_active(self, settings)
         if not {"arguments", "texts"} <= settings.keys():
             raise LdmfastError("the settings lack 'arguments' or 'texts': they were not written by this pipeline")
         rows = settings.get("batch") or [settings]

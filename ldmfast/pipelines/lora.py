@@ -69,7 +69,7 @@ class LoraMethods:
     def fuse_lora(self, components: Sequence[str] | None = None, lora_scale: float = 1.0,
                   adapter_names: Sequence[str] | None = None) -> None:
         """Adds active adapters (all, or those named) to copies of the weights they touch: no cost a step, and memory
-        for these copies. components: "unet", "text_encoder", "text_encoder_2"; all if not given."""
+        for these copies. components: "unet" or "transformer", "text_encoder", "text_encoder_2"; all if not given."""
         self._change(lambda stack: stack.fuse(components, adapter_names, lora_scale))
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
@@ -91,18 +91,23 @@ class LoraMethods:
     def _change(self, change: Callable[[loras.Stack], loras.Stack]) -> None:
         with self._changing:
             before = self.loaded
-            if not isinstance(before.unet, (UNet2D, UNet2DCondition)):  # their layers do not all take adapters
-                raise LdmfastError(f"a {type(before.unet).__name__} takes no adapters so far, only UNets do; merge the "
-                                   "LoRA into the checkpoint")
             stack = change(_stack(before))
             self.loaded = _cast(replace(before, loras=stack), stack.chosen)
+
+
+_SUFFIXES = ("", "_2", "_3")  # of text encoders
+
+
+def _denoiser(loaded: Components) -> str:
+    """What LoRA files and diffusers call it."""
+    return "unet" if isinstance(loaded.unet, (UNet2D, UNet2DCondition)) else "transformer"
 
 
 def _stack(loaded: Components) -> loras.Stack:
     if loaded.loras is not None:
         return loaded.loras
-    parts = {"unet": loaded.unet}
-    parts |= {f"text_encoder{s}": e.model for s, e in zip(("", "_2"), loaded.text_encoders)}
+    parts = {_denoiser(loaded): loaded.unet}
+    parts |= {f"text_encoder{s}": e.model for s, e in zip(_SUFFIXES, loaded.text_encoders)}
     return loras.Stack.of({name: model for name, model in parts.items() if isinstance(model, Model)})
 
 
@@ -110,9 +115,9 @@ def _cast(loaded: Components, choice: loras.Choice) -> Components:
     """With the networks for these adapters."""
     assert loaded.loras is not None
     networks = loaded.loras.networks(choice)
-    encoders = tuple(replace(e, model=networks.get(f"text_encoder{s}", e.model))
-                     for s, e in zip(("", "_2"), loaded.text_encoders))
-    return replace(loaded, unet=networks["unet"], text_encoders=encoders)
+    encoders = tuple(replace(e, model=networks[f"text_encoder{s}"]) if f"text_encoder{s}" in networks else e
+                     for s, e in zip(_SUFFIXES, loaded.text_encoders))
+    return replace(loaded, unet=networks[_denoiser(loaded)], text_encoders=encoders)
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,19 @@ def fused_settings(pipe: Pipeline) -> list[dict[str, Any]] | None:
         return None
     return [{"name": f.name, "fingerprint": f.adapter.fingerprint, "weight": as_weight(((f.component, f.scale),)),
              "lora_scale": f.lora_scale} for f in stack.in_weights]
+
+
+def active(pipe: Pipeline) -> loras.Choice:
+    """The adapters of a call that names none."""
+    return _stack(pipe.loaded).chosen
+
+
+def check_active(pipe: Pipeline, settings: dict[str, Any]) -> None:
+    """For calls that name no adapters: raises LdmfastError unless those of the picture are the active ones."""
+    now, wanted = {name: as_weight(s) for name, s in active(pipe)}, weights_of(settings)
+    if json.loads(json.dumps(now)) != wanted:
+        raise LdmfastError(f"the picture was made with the adapters {wanted or 'none'}, active are {now or 'none'}: "
+                           "call set_adapters with those names and weights, or disable_lora(), first")
 
 
 def weights_of(settings: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -123,6 +124,7 @@ class StableDiffusion3Pipeline(JointPipeline):
             return make_table(self.schedule, solver or self.loaded.defaults.get("solver"), steps, sigmas=a["sigmas"],
                               mu=mu, image_seq_len=patches)
 
+import copy
         result = self.run(self.resolve(a, scale, scale > 1, table, _skipping(layers, a)))
         return result if return_dict else (result.images, None)
 
