@@ -124,8 +124,7 @@ class StableDiffusion3Pipeline(JointPipeline):
             return make_table(self.schedule, solver or self.loaded.defaults.get("solver"), steps, sigmas=a["sigmas"],
                               mu=mu, image_seq_len=patches)
 
-import copy
-        result = self.run(self.resolve(a, scale, scale > 1, table, _skipping(layers, a)))
+        result = copy.copy(self).run(self.resolve(a, scale, scale > 1, table, _skipping(layers, a)))
         return result if return_dict else (result.images, None)
 
 
