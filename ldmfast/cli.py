@@ -97,7 +97,7 @@ def _live_kernels(device: str) -> str:
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     model: Annotated[str | None, typer.Option(help="A diffusers folder, a single .safetensors file, or a "
-                                                   "shipped model: 'tiny' (default), 'tiny-dit'.")] = None,
+                                                   "shipped model: 'tiny' (default), 'tiny-dit', 'tiny-lcm'.")] = None,
     out: Annotated[Path, typer.Option(help="PNG to write; with --num above 1, name-0.png, name-1.png, ...")
                    ] = Path("out.png"),
     seed: Annotated[int | None, typer.Option(help="Picture i uses seed + i. Default: a fresh one, printed.")] = None,

@@ -6,6 +6,7 @@ import copy
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +19,7 @@ from ..guidance import Guidance
 from ..models import REGISTRY, DiT, FluxTransformer2D, PixArt, SD3Transformer2D
 from ..samplers import TimeGrid
 from .inputs import GeneratorLike
-from .load import ASSETS, Components, load, resolve_device, resolve_precision
+from .load import ASSETS, Components, load, read_defaults, resolve_device, resolve_precision
 from .lora import LoraMethods
 from .output import PipelineOutput
 from .request import Request
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from ..engine import Engine
     from ..tuning import Judge, Report, Settings
 
-TINY = {"unet": "tiny", "dit": "tiny-dit"}  # shipped networks and what the command line calls them
+# shipped networks and what the command line calls them
+TINY = {"unet": "tiny", "dit": "tiny-dit", "lcm": "tiny-lcm"}
 
 
 def _engine(device: torch.device) -> Engine | None:
@@ -122,13 +124,19 @@ class Pipeline(LoraMethods):
     ) -> Pipeline:
         """The model that ships with ldmfast: 64x64 pictures of coloured shapes (recipes/tiny).
 
-        network: "unet", or "dit" for the diffusion transformer that draws the same scenes (recipes/tiny_dit).
+        network: "unet", "dit" for the diffusion transformer that draws the same scenes (recipes/tiny_dit), or "lcm"
+        for the UNet with its LCM-LoRA fused in: 4 steps of one forward each by default (recipes/tiny_lcm).
         Raises LdmfastError for another.
         """
         if network not in TINY:
             raise LdmfastError(f"network={network!r} does not ship with ldmfast: use one of {', '.join(TINY)}")
-        pipe = cls.from_pretrained(ASSETS / TINY[network].replace("-", "_"), dtype=dtype, device=device,
+        folder = ASSETS / TINY[network].replace("-", "_")
+        pipe = cls.from_pretrained(ASSETS / "tiny" if network == "lcm" else folder, dtype=dtype, device=device,
                                    precision=precision)
+        if network == "lcm":
+            pipe.load_lora_weights(folder, "lcm")
+            pipe.fuse_lora()
+            pipe.loaded = replace(pipe.loaded, defaults=read_defaults(folder))
         pipe.source = TINY[network]
         return pipe
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from mixture import DEVIATION, MEANS, WEIGHTS, draw, epsilon, solve
-from sampler_oracles import unfold
+from sampler_oracles import network, unfold
 from test_exact_score import mixture_law
 from test_sampler_parity import SCALED, compare
 
@@ -125,6 +127,25 @@ def test_lists_of_adversarially_distilled_models_equal_diffusers(kind: str) -> N
     name, config, lists = DISTILLED[kind]
     for steps in [None] if lists else (1, 2, 4, 8):
         assert compare(name, config, steps, set_kwargs=lists, options=lists) <= 1e-6, steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 5])
+def test_phased_consistency_of_a_flow(steps: int) -> None:
+    """PCM's flow-matching sampler (Wang et al. 2024, released for SD 3): Euler from edge to edge of the phases, which
+    are every 20th of 1000 shifted training sigmas. A call gives the edges before the shift."""
+    shift, phases = 3.0, 50
+    trained = [shift * k / (1000 + (shift - 1) * k) for k in range(1, 1001)]
+    edges = [trained[20 * (k + 1) - 1] for k in range(phases)][::-1]
+    sigmas = [edges[phases * i // steps] for i in range(steps)] + [0.0]
+    x = draw(5, 0)
+    want = x.clone()
+    for high, low in itertools.pairwise(sigmas):
+        want = want + (low - high) * network(want, 1000 * high)
+    given = [1 - (phases * i // steps) / phases for i in range(steps)]
+    schedule = Schedule(flow=True, prediction_type="flow_prediction", shift=shift)
+    table = make_table(schedule, "flow_euler", sigmas=given)
+    made = unfold(table, x, lambda x_in, t, i: network(x_in, t))[-1]
+    assert float((made - want).abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("solver,times", [("ddim", None), ("lcm", None), ("lcm", [399]), ("euler", None)])
