@@ -74,7 +74,7 @@ def _result(y, out, code_scale):
     if code_scale is None:
         return y.to(out.dtype.element_ty)
     else:
-        v = (y * (1 / tl.load(code_scale))).to(tl.float32)
+        v = (y / tl.load(code_scale)).to(tl.float32)
         return tl.where(v == v, e4m3(v), 0x7F).to(tl.uint8)  # NaN stays one
 
 

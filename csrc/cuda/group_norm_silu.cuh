@@ -202,7 +202,8 @@ __global__ void __launch_bounds__(kThreads, 3) stats_last_kernel(const T* x, con
 
 // Channels-last normalisation over the same parts.
 template <class T, class O, int V>
-__global__ void __launch_bounds__(kThreads, 3) apply_last_kernel(const T* x, O* out, const __grid_constant__ Arguments a,
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
+    apply_last_kernel(const T* x, O* out, const __grid_constant__ Arguments a,
                                                                  const Acc<T>* partial) {
   using A = Acc<T>;
   __shared__ A mean[GroupNormPlan::kMaxTileGroups], rstd[GroupNormPlan::kMaxTileGroups];
