@@ -101,6 +101,8 @@ def test_committed_table_covers_every_kernel_without_spills() -> None:
     for arch in tool.TRITON_ARCHS:
         mine = [k["kernel"] for k in record["kernels"] if k["arch"] == str(arch) and ".py: " in k["kernel"]]
         for op, name, _ in tool.triton_calls():
+            if (op, arch) == ("attention_fp8", 80):  # which has no such products
+                continue
             assert any(k.startswith(f"{op}.py: ") and k.endswith(f"({name})") for k in mine), (op, name, arch)
     assert not [k for k in record["kernels"] if k["spills"]]
 
