@@ -102,6 +102,13 @@ class Int8Weight(nn.Module):
         return (values.float() * self.scale.view(-1, *[1] * (values.ndim - 1))).to(dtype)
 
 
+def codes_or_numbers(x: Tensor | Quantized, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What ops.conv2d_q8 takes for a result of ``dtype``: it makes codes itself of numbers of that dtype only."""
+    if isinstance(x, Quantized):
+        return x
+    return (x, None, None) if x.dtype == dtype else ops.quantize(x)
+
+
 def _column(x: Tensor) -> Tensor:
     """Rows (..., C) as an image (1, C, rows, 1), channels-last, which is how our own products read them."""
     return x.reshape(1, x.shape[:-1].numel(), 1, x.shape[-1]).permute(0, 3, 1, 2)
@@ -171,15 +178,15 @@ class Linear(Direct, nn.Linear):
         return linear(x, self.weight, self.bias, residual, self.out_features)
 
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None) -> Tensor:
-        values, step, zero = x if isinstance(x, Quantized) else (x, None, None)
-        if w.own and values.numel() > 0:
+        dtype = torch.bfloat16 if residual is None else residual.dtype
+        values, step, zero = codes_or_numbers(x, dtype) if w.own else (None, None, None)
+        if values is not None and values.numel() > 0:
             more = None if residual is None else _column(residual)
             y = ops.conv2d_q8(_column(values), step, zero, w.values, w.scale, w.sums, w.bias, more,
                               out_channels=w.shape[0], kernel=1, padding=0)
             return y.permute(0, 2, 3, 1).view(*values.shape[:-1], w.shape[0])
         if isinstance(x, Tensor):
             x = Quantized(*ops.quantize(x))
-        dtype = torch.bfloat16 if residual is None else residual.dtype
         if not w.packed and not w.own:
             out = F.linear(x.dense(torch.float32), w.dense(torch.float32), w.bias).to(dtype)
             return out if residual is None else out.add_(residual)
@@ -311,7 +318,7 @@ class Conv2d(Direct, nn.Conv2d):
 
     def _int8(self, w: Int8Weight, x: Tensor | Quantized, residual: Tensor | None, upsample: bool) -> Tensor:
         if w.own:
-            values, step, zero = x if isinstance(x, Quantized) else (x, None, None)
+            values, step, zero = codes_or_numbers(x, torch.bfloat16 if residual is None else residual.dtype)
             return ops.conv2d_q8(values, step, zero, w.values, w.scale, w.sums, w.bias, residual, upsample=upsample,
                                  **self.sizes())
         if isinstance(x, Tensor):
