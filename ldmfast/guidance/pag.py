@@ -54,7 +54,7 @@ class PAG(Guidance):
 
     def terms(self, call: Call) -> Terms:
         times = np.asarray(call.table.network_times)
-        scale = np.full(len(times), float(self.scale))
+        scale: np.ndarray = np.full(len(times), float(self.scale))
         if self.adaptive_scale:
             scale = np.maximum(scale - self.adaptive_scale * (1000 - times), 0.0)
         on = scale * call.within(self.start, self.stop)

@@ -117,9 +117,9 @@ class Guided:
             for place in () if branch.perturb is None else branch.perturb.places(network):
                 by_place.setdefault(place, [None] * len(branches))[i] = branch.perturb.attend  # type: ignore[union-attr]
         for source in watched:
-            place = source.place(network)
-            assert place is not None
-            own = by_place.setdefault(place, [None] * len(branches))
+            looked_at = source.place(network)
+            assert looked_at is not None
+            own = by_place.setdefault(looked_at, [None] * len(branches))
             own[branches.index(source.of)] = source.spy(partial(self.seen[group].__setitem__, source))
         return Hooks({place: by_branch(own, size) for place, own in by_place.items()}, frozenset(skip))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,9 @@ import torch
 
 from ..caches import Policy, check_cache
 from ..errors import LdmfastError, ShapeError
-from ..guidance import CFG, UNCOND, Guidance, Plan, check_guidance
+from ..guidance import UNCOND, Guidance, Plan, check_guidance
 from ..guidance import Call as Steps
+from ..guidance.settle import check_suits, settle
 from ..loras import Choice
 from ..models import DiT, PixArt
 from ..samplers import StepTable, TimeGrid, make_table
@@ -137,32 +137,8 @@ class Request:
         )
 
 
-def settle(given: Any, scale: float, implied: bool, rescale: float = 0.0) -> tuple[Guidance, ...]:
-    """The guidances of a call. implied: guidance_scale says classifier-free guidance, unless one of those given stands
-    in its place. Raises LdmfastError for anything that is not a guidance, or says something twice."""
-    found = check_guidance(given)
-    base = next((g for g in found if g.base), None)
-    if base is None:
-        return (CFG(rescale=rescale), *found) if implied else found
-    if rescale and getattr(base, "rescale", 0.0):
-        raise LdmfastError(f"guidance_rescale={rescale:g} and rescale={getattr(base, 'rescale', 0.0):g} of the "
-                           "guidance were both given; give one of the two")
-    return tuple(dataclasses.replace(g, rescale=rescale) if g is base and rescale else g for g in found)
-
-
 def needs_uncond(plan: Plan) -> bool:
     return any(b.condition == UNCOND.condition for b in plan.branches)
-
-
-def check_suits(network: Any, guidance: Sequence[Guidance], conditional: bool, embedded: bool) -> None:
-    """Raises LdmfastError for a guidance that this network has no use for."""
-    for one in guidance:
-        if one.base and not conditional:
-            raise LdmfastError(f"{type(one).__name__} needs a condition, and this call has no prompt: leave it out")
-        if one.base and embedded:
-            raise LdmfastError(f"{type(one).__name__}: this network is told its guidance scale as an input: give "
-                               "guidance_scale alone")
-        one.check(network)
 
 
 def _config(pipe: Pipeline, key: str) -> Any:

@@ -70,6 +70,8 @@ class EulerAncestralDiscreteScheduler(_Euler, parents.EulerAncestralDiscreteSche
 class _Consistency(TableScheduler):
     """A step knows the next time of diffusers' list and nothing else: its table is made when it is reached."""
 
+    _step_index: int
+
     def _begin_run(self, given: dict[str, Any]) -> None:
         self._run, self._levels = {}, (self.timesteps, None)
 
