@@ -4,8 +4,9 @@
     python bench/tune.py --count 20 --budget 60 --networks unet --no-write
     python bench/tune.py --certificate folder     # and the tuned UNet's certificate with the plot of its search
 
-Both search and test draw calls of --batch pictures; captions and seeds of the two are different ones. Printed for each: the ratio to exact (the median over the calls), mean and least PSNR from the exact
-pictures of the same seed. Then the targets.
+Both search and test draw calls of --batch pictures; captions and seeds of the two are different ones. Printed for each
+setting: the ratio to exact (the median over the calls), mean and least PSNR from the exact pictures of the same seeds.
+Then the targets.
 """
 
 from __future__ import annotations
