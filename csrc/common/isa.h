@@ -12,6 +12,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 // setup.py defines LDMFAST_HAVE_<LEVEL> for every level it compiles, to every object of the library.
@@ -102,8 +105,12 @@ inline bool cpu_has(Level level) {
 }
 #else
 inline bool cpu_has(Level level) {
-#if defined(__aarch64__)
-  return level == Level::generic || level == Level::neon;
+#if defined(__aarch64__) && defined(__linux__)
+  // What -march=armv8.2-a+fp16 lets the compiler use: a Cortex-A53 or A72 has none of it but crc32.
+  constexpr unsigned long needed = HWCAP_CRC32 | HWCAP_ATOMICS | HWCAP_FPHP | HWCAP_ASIMDHP | HWCAP_ASIMDRDM;
+  return level == Level::generic || (level == Level::neon && (getauxval(AT_HWCAP) & needed) == needed);
+#elif defined(__aarch64__)
+  return level == Level::generic || level == Level::neon;  // Apple's, all of them
 #else
   return level == Level::generic;
 #endif

@@ -347,7 +347,7 @@ class Worker {
     }
   }
 
-  void weigh(Sweep kind, float* s, E* weights, int padded, float unit) {
+  void weigh([[maybe_unused]] Sweep kind, float* s, E* weights, int padded, float unit) {
     const float* base = base_ + slot_ * C;
     float* total = total_ + slot_ * C;
 #if defined(__AMX_BF16__)
