@@ -287,7 +287,7 @@ def open_parts(folder: Path, part: str) -> None:
     elif part == "scheduler":
         Schedule.from_config(pipeline_parts._scheduler_config(parts))
     else:
-        pipeline_parts._defaults(parts)
+        pipeline_parts.read_defaults(Path(parts.path))
         Schedule.from_config(pipeline_parts._scheduler_config(parts))
         for name in parts.names:
             parts.folder(name)

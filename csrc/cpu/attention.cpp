@@ -116,6 +116,7 @@ class Worker {
 
   void reserve(int64_t slots) {
     if (slots <= int64_t(started_.size())) return;
+    packed_ = -1;  // the workspace may move
     started_.resize(size_t(slots));
     again_.resize(size_t(slots));
     Workspace& w = workspace();

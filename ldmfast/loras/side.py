@@ -106,10 +106,10 @@ class Side:
         rows = codes.shape[:-1].numel()
         wide = math.gcd(rows, 64)  # the kernel shares out rows of pixels: as one row it takes 14 times as long
         size = (1, rows // wide, wide) if wide >= 16 else (1, 1, rows)
-        image = codes.reshape(*size, -1).permute(0, 3, 1, 2)
+        image = codes.reshape(*size, codes.shape[-1]).permute(0, 3, 1, 2)
         beside = self(q, None)
         outputs = beside.shape[-1]
-        residual = beside.reshape(*size, -1).permute(0, 3, 1, 2)
+        residual = beside.reshape(*size, outputs).permute(0, 3, 1, 2)
         w = layer.int8
         if w is None:
             y = ops.conv2d(image, layer.weight, _ordered(layer.bias), residual, out_channels=outputs, kernel=1,
@@ -120,7 +120,7 @@ class Side:
                               side_by_side(w.sums), _ordered(w.bias), residual, out_channels=outputs,
                               kernel=1, padding=0)
         inner = layer.out_features // 2
-        halves = y.permute(0, 2, 3, 1).reshape(*codes.shape[:-1], -1, 2, TILE).transpose(-3, -2)
+        halves = y.permute(0, 2, 3, 1).reshape(*codes.shape[:-1], outputs // (2 * TILE), 2, TILE).transpose(-3, -2)
         return halves.flatten(-2)[..., :inner].flatten(-2)
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LdmfastError
 from ..ops._heap import freed_at_once
 from ..quantization import Plan
 from .config_values import check_values
@@ -178,7 +178,11 @@ class Model(nn.Module):
     def attend_in_fp8(self, on: bool = True) -> None:
         """From the next call on, attention among the tokens of a picture (and its prompt, in joint blocks) multiplies
         e4m3 numbers, ``ops.attention_fp8``: faster where the GPU has such products, and less exact. Attention to
-        prompts and to tokens with a mask stays as it is. For GPUs; of a pipeline: ``pipe.unet.attend_in_fp8()``."""
+        prompts and to tokens with a mask stays as it is. For GPUs; of a pipeline: ``pipe.unet.attend_in_fp8()``, before
+        adapters are loaded. Raises LdmfastError where one is active: its network shares layers with the one without."""
+        if any(getattr(module, "lora", None) is not None for module in self.modules()):
+            raise LdmfastError("attend_in_fp8: an adapter is active, and its network shares layers with the one without; "
+                               "call unload_lora_weights() first, and load it again afterwards")
         self.fp8_attention = on
         for network in (self, *self.variants):
             for module in network.modules():

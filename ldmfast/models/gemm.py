@@ -241,6 +241,13 @@ class Linear(Direct, nn.Linear):
         return whole
 
 
+def _gated(y: Tensor, codes: bool | str) -> Any:
+    """GEGLU of values before gates; codes: as in GatedLinear."""
+    if isinstance(codes, str) and codes:
+        return RowCodes(*ops.geglu_rows(y, fp8=codes == "fp8"), y.dtype)
+    return Quantized(*ops.geglu_q8(y)) if codes else ops.geglu(y)
+
+
 class GatedLinear(Linear):
     """GEGLU of a linear: of its outputs x W^T + b the first half times GELU of the second (Shazeer 2020)."""
 
@@ -250,9 +257,9 @@ class GatedLinear(Linear):
         """x: (..., in) -> (..., out_features / 2). codes: 8 bits, where the layer that follows takes them and they cost
         less than it would pay itself; of rowwise.FORMS for one that takes such."""
         w, inner = self.int8, self.out_features // 2
+        x = x.dense() if isinstance(x, RowCodes) and self.rowwise is None else x
         if self.lora is not None and (self.own if w is None else w.own):
-            y = self.lora.values_gates(self, x)
-            return Quantized(*ops.geglu_q8(y)) if codes else ops.geglu(y)
+            return _gated(self.lora.values_gates(self, x), codes)
         if w is not None and w.own:
             x = Quantized(*ops.quantize(x)) if isinstance(x, Tensor) else x
             assert isinstance(x, Quantized)
@@ -260,10 +267,7 @@ class GatedLinear(Linear):
         if w is None and self.own:
             assert isinstance(x, Tensor)
             return ops.linear_geglu(x, self.weight, self.bias, out_features=inner)
-        y = super().forward(x)
-        if isinstance(codes, str) and codes:
-            return RowCodes(*ops.geglu_rows(y, fp8=codes == "fp8"), y.dtype)
-        return Quantized(*ops.geglu_q8(y)) if codes else ops.geglu(y)
+        return _gated(super().forward(x), codes)
 
     def pack(self) -> None:
         weight = self.weight.detach()

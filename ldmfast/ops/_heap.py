@@ -37,7 +37,8 @@ def keep_freed_memory() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
-        libc.mallopt(_MMAP_THRESHOLD, 64 << 20)
+        if not libc.mallopt(_MMAP_THRESHOLD, 64 << 20):  # older versions take no more than half of an arena
+            libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(_TRIM_THRESHOLD, 512 << 20)
 
 

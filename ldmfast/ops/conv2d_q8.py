@@ -17,6 +17,8 @@ from .pack_weight import reference as pack
 from .quantize import peer as quantize_peer
 from .quantize import reference as quantized
 
+NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def result_dtype(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> torch.dtype:
     return dtype_of(bias, residual) if x.dtype == torch.uint8 else x.dtype
@@ -169,7 +171,7 @@ def conv2d_q8(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, weight
     Raises ShapeError when sizes or dtypes do not fit, or if a sum could exceed 32 bits (66,311 products).
     """
     if scale is None or zero_point is None:
-        if not x.is_floating_point() or scale is not zero_point:
+        if x.dtype not in NUMBERS or scale is not zero_point:
             raise ShapeError(f"conv2d_q8: x is {x.dtype}; codes need their scale and zero_point, numbers neither")
         check_weight_codes("conv2d_q8", weight_scale, weight_sums, out_channels)
     else:

@@ -90,3 +90,23 @@ def test_loading_takes_a_tenth_more_than_it_keeps_and_leaves_no_holes(folder: Pa
     assert found["peak"] <= 1.1 * found["kept"] + 16 * resident.MIB, found
     assert found["holes"] <= found["kept"] / 50, found
     assert not found["compiler"]
+
+
+def test_a_malloc_that_takes_less_gets_the_most_that_it_takes(monkeypatch: pytest.MonkeyPatch):
+    """Older versions of glibc refuse a threshold above 32 MiB; that of loading, 256 KiB, must not stay."""
+    taken: dict[int, int] = {}
+
+    class Old:
+        def malloc_trim(self, pad: int) -> int:
+            return 1
+
+        def mallopt(self, what: int, value: int) -> int:
+            if what == _heap._MMAP_THRESHOLD and value > 32 << 20:
+                return 0
+            taken[what] = value
+            return 1
+
+    monkeypatch.setattr(_heap, "_glibc", lambda: Old())
+    with _heap.freed_at_once():
+        assert taken[_heap._MMAP_THRESHOLD] == 256 << 10
+    assert taken == {_heap._MMAP_THRESHOLD: 32 << 20, _heap._TRIM_THRESHOLD: 512 << 20}

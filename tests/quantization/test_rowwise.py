@@ -10,7 +10,7 @@ import torch
 
 import ldmfast
 from ldmfast import ops
-from ldmfast.errors import PrecisionError
+from ldmfast.errors import LdmfastError, PrecisionError
 from ldmfast.models import DiT, layers, rowwise
 from ldmfast.models.gemm import Conv2d, GatedLinear, Linear
 from ldmfast.models.layers import LayerNorm
@@ -172,6 +172,9 @@ def test_attention_in_fp8_is_opted_in(monkeypatch):
     assert 0 < error < 0.1, error
     model.attend_in_fp8(False)
     assert torch.equal(tensorwise.run(model), before)
+    blocks[0].to_q.lora = object()
+    with pytest.raises(LdmfastError, match="an adapter is active"):
+        model.attend_in_fp8()
 
 
 @pytest.mark.parametrize("depth", [40, 64, 128])
