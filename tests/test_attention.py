@@ -88,7 +88,7 @@ def _relay(depth: int, queries: int, keys: int, block: int) -> str:
 
 
 def test_a_longer_task_after_a_shorter_one_of_the_same_head():
-    """The longer one needs more room, so what the shorter one has packed moves away. Seen in a fresh process only, whose
-    threads have no room yet: more keys than fit at once, of which both tasks see the same first ones."""
+    """The longer one needs more room, so what the shorter one has packed moves away. Seen in a fresh process only,
+    whose threads have no room yet: more keys than fit at once, of which both tasks see the same first ones."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(_relay, (160, 192, 1600, 384)) == ""

@@ -181,8 +181,8 @@ class Model(nn.Module):
         prompts and to tokens with a mask stays as it is. For GPUs; of a pipeline: ``pipe.unet.attend_in_fp8()``, before
         adapters are loaded. Raises LdmfastError where one is active: its network shares layers with the one without."""
         if any(getattr(module, "lora", None) is not None for module in self.modules()):
-            raise LdmfastError("attend_in_fp8: an adapter is active, and its network shares layers with the one without; "
-                               "call unload_lora_weights() first, and load it again afterwards")
+            raise LdmfastError("attend_in_fp8: an adapter is active, and its network shares layers with the one "
+                               "without; call unload_lora_weights() first, and load it again afterwards")
         self.fp8_attention = on
         for network in (self, *self.variants):
             for module in network.modules():
