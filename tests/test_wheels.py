@@ -128,7 +128,8 @@ def test_the_wheel_holds_every_shipped_file_once(wheel, tmp_path):
     assert found["weights"] == ["tiny/text_encoder/model.safetensors", "tiny/unet/diffusion_pytorch_model.safetensors",
                                 "tiny/vae/diffusion_pytorch_model.safetensors",
                                 "tiny_dit/text_encoder/model.safetensors",
-                                "tiny_dit/transformer/diffusion_pytorch_model.safetensors"]
+                                "tiny_dit/transformer/diffusion_pytorch_model.safetensors",
+                                "tiny_lcm/pytorch_lora_weights.safetensors"]
     assert found["bytes"] <= 20_000_000
     assert set(found["tensors"]) == {"vae", "text_encoder", "text_encoder_2"}
     for part, names in found["tensors"].items():
