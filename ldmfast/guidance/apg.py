@@ -36,6 +36,10 @@ class APG(Scaled):
         if self.momentum is not None:
             check_number("momentum", self.momentum)
 
+    @property
+    def remembers(self) -> bool:
+        return self.momentum is not None
+
     def terms(self, call: Call) -> Terms:
         return self.instead(self.scales(call))
 

@@ -87,7 +87,12 @@ class Call:
 
     @classmethod
     def of(cls, schedule: Schedule, table: StepTable, scale: float = 1.0) -> Call:
-        return cls(table, scale, schedule.prediction_type, levels(schedule, table.network_times), schedule=schedule)
+        times = table.network_times if table.solver_times is None else table.solver_times
+        found = levels(schedule, times)
+        if table.num_stages:  # a step's first evaluation is at its boundary, whatever time the network is told
+            first = np.append(True, table.step_end[:-1])
+            found[first] = table.c_in[first, None] * table.noise_levels[:-1]
+        return cls(table, scale, schedule.prediction_type, found, schedule=schedule)
 
     def level(self, t: float) -> tuple[float, float]:
         """alpha and sigma of what the network is shown at a time of its own choice. Raises LdmfastError for none."""
@@ -165,6 +170,11 @@ class Guidance:
 
     def check(self, network: Any) -> None:
         """Raises LdmfastError for a network that it does not suit."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether combine() keeps something in memory for later evaluations."""
+        return False
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": type(self).__name__, **dataclasses.asdict(self)}

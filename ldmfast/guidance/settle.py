@@ -14,7 +14,8 @@ from .guide import Guidance
 
 def settle(given: Any, scale: float, implied: bool, rescale: float = 0.0) -> tuple[Guidance, ...]:
     """The guidances of a call. implied: guidance_scale says classifier-free guidance, unless one of those given stands
-    in its place. Raises LdmfastError for anything that is not a guidance, or says something twice."""
+    in its place. A scale of 1 or less means no guidance, of such a one, too, unless it has a scale of its own. Raises
+    LdmfastError for anything that is not a guidance, or says something twice."""
     found = check_guidance(given)
     base = next((g for g in found if g.base), None)
     if base is None:
@@ -22,7 +23,10 @@ def settle(given: Any, scale: float, implied: bool, rescale: float = 0.0) -> tup
     if rescale and getattr(base, "rescale", 0.0):
         raise LdmfastError(f"guidance_rescale={rescale:g} and rescale={getattr(base, 'rescale', 0.0):g} of the "
                            "guidance were both given; give one of the two")
-    return tuple(replace(cast(Any, g), rescale=rescale) if g is base and rescale else g for g in found)
+    changed: dict[str, float] = {"rescale": rescale} if rescale else {}
+    if getattr(base, "scale", scale) is None and scale <= 1:
+        changed["scale"] = 1.0
+    return tuple(replace(cast(Any, g), **changed) if g is base and changed else g for g in found)
 
 
 def check_suits(network: Any, guidance: Sequence[Guidance], conditional: bool, embedded: bool) -> None:

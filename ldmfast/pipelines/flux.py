@@ -153,7 +153,7 @@ class FluxPipeline(JointPipeline):
             return self._with_settings(settings, a, return_dict)
         pictures = {name: a.pop(name) for name in ("image", "mask_image", "control_image")}
         self._check_pictures(pictures)
-        learned = grid_of(a)
+        learned = grid_of(self, a)
         a["grid"] = None if learned is None else learned.to_dict()
         fill = "mask_image" in self.takes
         a["guidance_scale"] = scale_of(self, a, 30.0 if fill else 3.5)

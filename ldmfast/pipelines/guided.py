@@ -67,6 +67,13 @@ class Guided:
         self.branches, self.states = len(first.branches), first.states
         self._last: Forward | None = None
 
+    def restart(self) -> None:
+        """Forgets what a run has left: the next evaluation is the first of another one. Without a cache."""
+        self.memory = {}
+        self._last = None
+        for seen in self.seen:
+            seen.clear()
+
     def _forward(self, branches: tuple[Branch, ...], times: list[float], prepare: Prepare, stages: int) -> Forward:
         other, skip = branches[0].network, branches[0].skip
         networks = [other or unet for unet in self.unets]

@@ -326,7 +326,7 @@ class JointDenoiser(Guided):
         self.pipe, self.request, self.extra = pipe, request, beside
         self.unet, self.dtype = pipe.unet, pipe.unet.dtype
         n = request.pictures
-        groups = [slice(i, i + 1) for i in range(n)] if pipe.precision == "exact" else [slice(0, n)]
+        groups = [slice(i, i + 1) for i in range(n)] if pipe.one_by_one else [slice(0, n)]
 
         def prepare(net: Any, names: Sequence[str], group: int, times: list[float]) -> Any:
             rows = [conditions[name][groups[group]] for name in names]

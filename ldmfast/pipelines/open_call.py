@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from ..caches import ParaStep
+from ..errors import LdmfastError
 from ..samplers import StepTable
 from ..samplers.sample import Denoiser, Generators
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
+
+# what a call does beside its loop: "settings" may send it to another pipeline, the others change states between steps
+_BESIDE = ("settings", "mask_image", "callback_on_step_end")
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,15 @@ def open_call(pipe: Pipeline, *prompt: Any, **arguments: Any) -> OpenCall:
     """The loop that ``pipe(*prompt, **arguments)`` would run, checked and completed as that call is.
 
     In exact precision a call gives each picture forwards of its own, so that its bits depend on nothing else; here
-    pictures share them, which is faster and the same but for rounding."""
+    pictures share them, which is faster and the same but for rounding. Raises LdmfastError for what is no part of the
+    loop's table and denoiser: settings, mask_image, callback_on_step_end, and the cache ParaStep."""
+    cache = arguments.get("cache")
+    named = [name for name in _BESIDE if arguments.get(name) is not None]
+    named += ["ParaStep" for p in (cache if isinstance(cache, (list, tuple)) else [cache]) if isinstance(p, ParaStep)]
+    if named:
+        raise LdmfastError(f"open_call: {named[0]} has no place in a loop of one's own; leave it out")
     opened, loop = copy.copy(pipe), _Loop()
-    opened.precision = f"{pipe.precision}, pictures together"
+    opened.one_by_one = False
     opened.engine = cast(Any, loop)
     opened(*prompt, **{**arguments, "output_type": "latent", "progress": False})
     assert loop.found is not None

@@ -55,6 +55,7 @@ class Pipeline(LoraMethods):
     def __init__(self, components: Components, *, precision: str, device: torch.device, source: str) -> None:
         self.loaded = components
         self.precision = precision
+        self.one_by_one = precision == "exact"  # pictures have forwards of their own
         self.device = device
         self.source = source
         self.vae_tiling = False

@@ -89,7 +89,7 @@ class Request:
         check_lists(a)
         if a.get("clip_skip") is not None:
             whole("clip_skip", a["clip_skip"], 0)
-        a["grid"] = grid_of(a)
+        a["grid"] = grid_of(pipe, a)
         per_prompt = whole("num_images_per_prompt", a["num_images_per_prompt"], 1)
         default_scale = defaults.get("guidance_scale", 5.0 if len(pipe.loaded.text_encoders) == 2 else 7.5)
         scale = number("guidance_scale", default_scale if a["guidance_scale"] is None else a["guidance_scale"])
@@ -174,15 +174,20 @@ def _mode(pipe: Pipeline, image: Any, mask: Any) -> str:
     return mode
 
 
-def grid_of(a: dict[str, Any]) -> TimeGrid | None:
-    """The argument ``grid``, which nothing else may set the steps beside."""
+def grid_of(pipe: Pipeline, a: dict[str, Any]) -> TimeGrid | None:
+    """The argument ``grid``, which nothing else may set the steps beside. Raises LdmfastError for times that the
+    schedule does not have."""
     if a["grid"] is None:
         return None
     for name in ("num_inference_steps", "timesteps", "sigmas", "solver", "eta"):
         if a.get(name):
             raise LdmfastError(f"grid holds the steps and their solver, so {name}={a[name]!r} has no place: leave it "
                                "out")
-    return TimeGrid.of(a["grid"])
+    grid, latest = TimeGrid.of(a["grid"]), pipe.schedule.num_train_timesteps
+    if not all(0 <= t <= latest for t in grid.network_times):
+        raise LdmfastError(f"grid: network_times from {min(grid.network_times):g} to {max(grid.network_times):g} leave "
+                           f"the schedule's 0 to {latest}")
+    return grid
 
 
 def texts_of(name: str, value: Any) -> list[str]:

@@ -84,7 +84,7 @@ def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
         conditions = _conditions(pipe, request, casts)
         x, blend, extra = _start(pipe, request)
         times = request.table.network_times.tolist()
-        denoiser = Denoiser(casts, conditions, times, request.plan, one_by_one=pipe.precision == "exact", extra=extra,
+        denoiser = Denoiser(casts, conditions, times, request.plan, one_by_one=pipe.one_by_one, extra=extra,
                             cache=request.cache)
         return denoiser, x, blend
 
@@ -138,7 +138,7 @@ def _encoded(pipe: Pipeline, request: Request, one: Cast) -> dict[str, PromptEmb
     if isinstance(encoders[0], T5Encoder):
         embeds = encoders[0].encode(texts, request.max_sequence_length)
     else:
-        embeds = encode_prompts(encoders, texts, clip_skip=request.clip_skip, one_by_one=pipe.precision == "exact",
+        embeds = encode_prompts(encoders, texts, clip_skip=request.clip_skip, one_by_one=pipe.one_by_one,
                                 weighting=request.prompt_weighting)
     found = {name: embeds[i * count:(i + 1) * count] for i, name in enumerate(columns)}
     return found | ({"uncond": found["cond"].zeros_like()} if force_zeros else {})

@@ -45,7 +45,7 @@ class StableDiffusion3Pipeline(JointPipeline):
         return pictures, self.unet.config.in_channels, height // f, width // f
 
     def encode(self, texts: Sequence[list[str]], length: int, clip_skip: int | None) -> PromptEmbeds:
-        parts = [encode_prompts((encoder,), column, clip_skip=clip_skip, one_by_one=self.precision == "exact")
+        parts = [encode_prompts((encoder,), column, clip_skip=clip_skip, one_by_one=self.one_by_one)
                  for encoder, column in zip(self.clip_encoders, texts)]
         short = torch.cat([p.states for p in parts], dim=-1)
         if self.t5_encoder is not None:
@@ -107,7 +107,7 @@ class StableDiffusion3Pipeline(JointPipeline):
         a = {k: v for k, v in locals().items() if k not in ("self", "return_dict", "settings", "__class__")}
         if settings is not None:
             return self._with_settings(settings, a, return_dict)
-        scale, learned = scale_of(self, a, 7.0), grid_of(a)
+        scale, learned = scale_of(self, a, 7.0), grid_of(self, a)
         a["grid"] = None if learned is None else learned.to_dict()
         if skip_guidance_layers is not None and not isinstance(skip_guidance_layers, Sequence):
             raise LdmfastError(f"skip_guidance_layers={skip_guidance_layers!r} is not a list of numbers of blocks")

@@ -36,7 +36,8 @@ def learn_grid(bind: Bind, noise: Tensor, target: Tensor, schedule: Schedule, so
     reweighted squares: the few pictures in which a small change turns one thing into another, whose derivatives tell
     nothing, then weigh no more than the others.
 
-    bind(grid or number of steps): the step table of that grid, or of the solver's usual one, and a denoiser for it.
+    bind(grid or number of steps): the step table of that grid, or of the solver's usual one, and a denoiser for it. Its
+    answers must not depend on earlier ones: evaluations before the nudged step are not asked for again.
     noise: (pictures, ...) unit noise, the start. target: (pictures, ...) what a fine solve makes of it. schedule: the
     one in the tables. progress(iteration, error) is called after each iteration.
     Raises LdmfastError for a solver that draws noise, and for shapes that differ.

@@ -58,6 +58,7 @@ class StepTable:
     noise_levels: (steps + 1, 2): x_t = a * x0 + s * noise at the boundary before each step; the last row is
     (1, 0), because what the loop hands on is a picture, whatever noise the schedule thinks is left.
     init_noise_sigma: factor on unit noise for a run from pure noise. start: steps skipped (image to image).
+    solver_times: (stages,) the network times of the solver itself, where the network is told others.
     """
 
     solver: str
@@ -73,6 +74,7 @@ class StepTable:
     start: int = 0
     predictions: tuple[str, ...] = ("e",)
     clip: Clip | None = None
+    solver_times: Array | None = None
 
     @property
     def num_stages(self) -> int:
@@ -154,7 +156,8 @@ class StepTable:
         values = self._per_stage(values, "network_times")
         if not np.isfinite(values).all():
             raise LdmfastError(f"network_times: {values[~np.isfinite(values)][0]} is not finite")
-        return replace(self, network_times=_frozen(values))
+        own = self.network_times if self.solver_times is None else self.solver_times
+        return replace(self, network_times=_frozen(values), solver_times=own)
 
     def add_noise(self, source: Tensor, noise: Tensor, boundary: int = 0) -> Tensor:
         """a * source + s * noise at a step boundary: 0 is the start of the run, ``num_steps`` its end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,9 @@ class Problem:
     """One search. Its pictures are run ``batch`` at a time; which ones share a batch decides nothing, since each has
     random numbers of its own.
 
-    table: of the run. denoiser(n): for n states. unit_noise(generators): (n, ...), one draw from each. verifier: ends
-    to (n,) scores, higher is better. seed: the first picture's, the next ones count on.
+    table: of the run. denoiser(n): for one run of n states, which remembers nothing of earlier ones; where a run is
+    taken up inside, it is told the stages of the whole table. unit_noise(generators): (n, ...), one draw from each.
+    verifier: ends to (n,) scores, higher is better. seed: the first picture's, the next ones count on.
     """
 
     table: StepTable
@@ -87,21 +89,24 @@ class Problem:
 
     def start(self, noise: Tensor, seeds: tuple[int, ...], generators: list[torch.Generator]) -> Candidates:
         """Whole runs."""
-        return self._finish(noise * self.table.init_noise_sigma, self.table, noise, seeds, generators)
+        return self._finish(noise * self.table.init_noise_sigma, self.table, 0, noise, seeds, generators)
 
     def renoised(self, parents: Candidates, step: int, children: int) -> Candidates:
         """Each parent's end noised anew to the start of ``step``, ``children`` times, and run from there."""
         again = parents[[i for i in range(len(parents.scores)) for _ in range(children)]]
         noise, seeds, generators = self.fresh(len(again.scores))
-        return self._finish(self.table.add_noise(again.ends, noise.to(again.ends), step), later(self.table, step),
-                            noise, seeds, generators)
+        table, first = later(self.table, step)
+        return self._finish(self.table.add_noise(again.ends, noise.to(again.ends), step), table, first, noise, seeds,
+                            generators)
 
-    def _finish(self, states: Tensor, table: StepTable, noise: Tensor, seeds: tuple[int, ...],
+    def _finish(self, states: Tensor, table: StepTable, skipped: int, noise: Tensor, seeds: tuple[int, ...],
                 generators: list[torch.Generator]) -> Candidates:
+        """skipped: stages of the whole table before this one's."""
         ends, scores = [], []
         for first in range(0, len(states), self.batch):
             part = states[first:first + self.batch]
-            end = sample(self.denoiser(len(part)), part, table=table, generator=generators[first:first + self.batch])
+            denoise = partial(_moved, self.denoiser(len(part)), skipped)
+            end = sample(denoise, part, table=table, generator=generators[first:first + self.batch])
             score = torch.as_tensor(self.verifier(end)).detach().double().cpu()
             if score.shape != (len(part),) or bool(score.isnan().any()):
                 raise ShapeError(f"search: the verifier's scores have shape {tuple(score.shape)}, or NaN among them; "
@@ -113,8 +118,14 @@ class Problem:
         return Candidates(torch.cat(ends), torch.cat(scores), noise, seeds)
 
 
-def later(table: StepTable, step: int) -> StepTable:
-    """A table from one of its steps on. Raises LdmfastError for a solver that carries predictions over steps."""
+def _moved(denoise: Denoiser, by: int, x: Tensor, t: float, stage: int) -> Any:
+    return denoise(x, t, stage + by)
+
+
+def later(table: StepTable, step: int) -> tuple[StepTable, int]:
+    """A table from one of its steps on, and the number of its first stage in the whole.
+
+    Raises LdmfastError for a solver that carries predictions over steps."""
     if not 0 <= step < table.num_steps:
         raise LdmfastError(f"search: step {step} is not one of the table's 0..{table.num_steps - 1}")
     first = int(np.argmax(np.asarray(table.step_index) == step))
@@ -123,7 +134,8 @@ def later(table: StepTable, step: int) -> StepTable:
     if (table.matrices[starts][:, :, kept:] != 0).any() and step:
         raise LdmfastError(f"search: {table.solver} carries predictions from step to step, so that a path cannot be "
                            "taken up inside a run; use ddim, euler, heun, flow_euler or another one-step solver")
+    solver_times = None if table.solver_times is None else table.solver_times[first:]
     return replace(table, matrices=table.matrices[first:], network_times=table.network_times[first:],
                    c_in=table.c_in[first:], step_index=table.step_index[first:] - step,
                    timesteps=table.timesteps[step:], noise_levels=table.noise_levels[step:],
-                   x0_rows=table.x0_rows[first:], start=table.start + step)
+                   x0_rows=table.x0_rows[first:], start=table.start + step, solver_times=solver_times), first

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import LdmfastError
+from ..pipelines.guided import Guided
 from ..pipelines.open_call import open_call
 from ..pipelines.output import to_output
 from ..pipelines.run import decode
@@ -19,6 +20,9 @@ from .problem import Found, Problem, Verifier
 if TYPE_CHECKING:
     from ..pipelines import Pipeline
 
+_NOT_HERE = ("cache", "latents", "generator", "num_images_per_prompt", "image", "mask_image", "strength",
+             "callback_on_step_end", "settings")
+
 
 @torch.inference_mode()
 def search(pipe: Pipeline, prompt: str, verifier: Verifier, method: Method | None = None, *, seed: int = 0,
@@ -28,19 +32,25 @@ def search(pipe: Pipeline, prompt: str, verifier: Verifier, method: Method | Non
     verifier: (n, 3, H, W) pictures in [0, 1] to n numbers, higher is better; with ``latent`` it is given (n, C, h, w)
     latents, as ``output_type="latent"`` returns them, and nothing is decoded but the picture found. method: default
     BestOfN(8). seed: of the first picture; the next ones count on. batch: pictures that share a forward. call: further
-    arguments of the pipeline, such as num_inference_steps, solver and guidance_scale. Raises LdmfastError.
+    arguments of the pipeline, such as num_inference_steps, solver and guidance_scale; not a picture to start from, a
+    callback or settings. The picture of a PixArt that bins sizes has the binned one. Raises LdmfastError.
     """
     if not isinstance(prompt, str):
         raise LdmfastError(f"search: prompt is a {type(prompt).__name__}, needs one text; search for each on its own")
-    taken = [name for name in ("cache", "latents", "generator", "num_images_per_prompt") if call.get(name) is not None]
+    taken = [name for name in _NOT_HERE if call.get(name) is not None]
     if taken:
         raise LdmfastError(f"search: {taken[0]} has no place in a search, which draws noises of its own and takes runs "
                            "up inside; leave it out")
     first = open_call(pipe, prompt, generator=[torch.Generator()], **call)
 
     @lru_cache(maxsize=2)
+    def opened_for(count: int) -> Guided:
+        return cast(Guided, open_call(pipe, prompt, num_images_per_prompt=count, generator=0, **call).denoise)
+
     def denoiser(count: int) -> Denoiser:
-        return open_call(pipe, prompt, num_images_per_prompt=count, generator=0, **call).denoise
+        found = opened_for(count)
+        found.restart()
+        return cast(Denoiser, found)
 
     def unit_noise(generators: list[torch.Generator]) -> Tensor:
         opened = open_call(pipe, prompt, num_images_per_prompt=len(generators), generator=generators, **call)

@@ -74,6 +74,28 @@ def test_formulas_are_those_of_diffusers_guiders(name: str, monkeypatch) -> None
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, check_dtype=False)
 
 
+@pytest.mark.parametrize("solver", ["ddim", "euler", "heun"])
+def test_noise_levels_are_those_of_x_whatever_the_network_is_told(solver: str) -> None:
+    """Those of the list, also past the trained ones (40); inside a step, those of the solver's own times."""
+    sigmas = np.array([40.0, 3.0, 0.5])
+    table = make_table(EPSILON, solver, sigmas=[*sigmas, 0.0])
+    told = table.with_network_times(table.network_times * 0.7).with_network_times(lambda t: t / 2)
+    found = Call.of(EPSILON, told).levels
+    first = np.append(True, table.step_end[:-1])
+    np.testing.assert_allclose(found[first, 1] / found[first, 0], sigmas, rtol=1e-9)
+    np.testing.assert_allclose(np.hypot(*found.T), 1, rtol=1e-9)  # as the network is shown it
+    inside = {"heun": sigmas[1:]}.get(solver, [])
+    np.testing.assert_allclose((found[:, 1] / found[:, 0])[~first], inside, rtol=1e-3)
+
+
+def test_a_base_without_a_scale_of_its_own_is_off_where_guidance_is(tiny) -> None:
+    off = tiny["exact"](PROMPTS[0], **CALL, guidance_scale=0).images
+    for base in (CFG(), APG(), CFG(schedule="cosine")):
+        assert torch.equal(tiny["exact"](PROMPTS[0], **CALL, guidance_scale=0, guidance=base).images, off)
+    own = tiny["exact"](PROMPTS[0], **CALL, guidance_scale=0, guidance=CFG(scale=0.0)).images
+    assert not torch.allclose(own, off, atol=0.1)
+
+
 def test_guided_exact_scores_follow_bayes() -> None:
     """On a mixture of two labelled ones: uncond + w (cond - uncond) is -sigma (grad log p + w grad log p(y | x)), the
     classifier's gradient taken by itself. At w = 1 that is the conditional law, which is sampled."""

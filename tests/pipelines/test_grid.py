@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from typer.testing import CliRunner
 
 import ldmfast
+from ldmfast.caches import ParaStep
 from ldmfast.cli import app
 from ldmfast.errors import LdmfastError
 from ldmfast.pipelines import read_settings
 from ldmfast.pipelines.open_call import open_call
 from ldmfast.samplers import TimeGrid, make_table, sample
+from ldmfast.tuning import Settings
 
 GRID = TimeGrid("dpmpp_2m", (40.0, 3.0, 0.5, 0.0), (990.0, 610.5, 200.0))
 FLOW_GRID = TimeGrid("flow_euler", (1.0, 0.7, 0.2), (1000.0, 690.5, 200.0))
@@ -75,6 +78,46 @@ def test_the_command_learns_steps_that_the_next_one_draws_with(tmp_path: Path) -
     assert missing.exit_code == 2 and "does not exist" in missing.output
 
 
-def test_caches_and_noise_are_refused(pipes) -> None:
-    with pytest.raises(LdmfastError, match="without a cache"):
-        pipes["unet"].learn_grid(cache=ldmfast.caches.DeepCache(interval=2))
+@pytest.mark.parametrize("call,words", [
+    ({"cache": ldmfast.caches.DeepCache(interval=2)}, "without a cache"),
+    ({"guidance": [ldmfast.guidance.APG(momentum=-0.5)]}, "without its momentum"),
+    *(({name: value}, f"{name} has no place") for name, value in [
+        ("image", torch.zeros(1, 3, 64, 64)), ("strength", 0.5), ("generator", 3), ("settings", "auto"),
+        ("callback_on_step_end", print), ("num_inference_steps", 4)]),
+], ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+def test_what_steps_are_not_learned_with_is_refused(pipes, call, words: str) -> None:
+    with pytest.raises(LdmfastError, match=words):
+        pipes["unet"].learn_grid(pictures=1, **call)
+
+
+def test_the_fine_solve_is_finer_than_any_grid(pipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def asked(*_, num_inference_steps: int, **__) -> None:
+        raise Asked(num_inference_steps)
+
+    monkeypatch.setattr("ldmfast.pipelines.learn_grid.open_call", asked)
+    for steps, fine in ((6, 64), (64, 512)):
+        with pytest.raises(Asked, match=str(fine)):
+            pipes["unet"].learn_grid(CAPTION, steps, pictures=1)
+    with pytest.raises(LdmfastError, match="reference_steps=6 "):
+        pipes["unet"].learn_grid(CAPTION, 6, pictures=1, reference_steps=6)
+
+
+@pytest.mark.parametrize("call,name", [
+    ({"settings": Settings(steps=2)}, "settings"), ({"cache": ParaStep()}, "ParaStep"),
+    ({"image": torch.zeros(1, 3, 64, 64), "mask_image": torch.ones(1, 1, 64, 64)}, "mask_image"),
+    ({"callback_on_step_end": print}, "callback_on_step_end"),
+], ids=lambda v: v if isinstance(v, str) else "")
+def test_a_call_that_is_more_than_its_loop_is_not_opened(pipes, call, name: str) -> None:
+    with pytest.raises(LdmfastError, match=f"{name} has no place"):
+        open_call(pipes["unet"], CAPTION, **call)
+    assert not pipes["unet"].siblings
+
+
+@pytest.mark.parametrize("times", [(1001.0, 500.0, 1.0), (990.0, 610.5, -3.0)], ids=str)
+def test_times_that_no_network_knows_are_refused(pipes, times) -> None:
+    for network, grid in (("unet", GRID), ("dit", FLOW_GRID)):
+        with pytest.raises(LdmfastError, match="leave the schedule's 0 to 1000"):
+            pipes[network](CAPTION, grid=replace(grid, network_times=times))

@@ -122,12 +122,33 @@ def test_a_grid_survives_its_file_and_starts_late(tmp_path: Path) -> None:
     assert np.array_equal(table.matrices[:, :, :3], make_table(VP, "dpmpp_2m", sigmas=[20, 4, 1, 0]).matrices[:, :, :3])
 
 
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("solver,times", [("dpmpp_2m", 2), ("dpmpp_2m", 5), ("heun", 3), ("heun", 6)])
+def test_there_is_one_time_for_each_evaluation(solver: str, times: int, start: int) -> None:
+    grid = TimeGrid(solver, (20.0, 4.0, 1.0, 0.0), (999.0,) * times)
+    with pytest.raises(LdmfastError, match=f"{times} network_times for {5 if solver == 'heun' else 3} evaluations"):
+        grid.table(VP, start=start)
+
+
+def test_a_grid_is_written_as_any_file_is_or_not_at_all(tmp_path: Path) -> None:
+    grid, plain = TimeGrid("ddim", (1.0, 0.0), (900.0,)), tmp_path / "plain"
+    plain.touch()
+    grid.save(tmp_path / "grid.json")
+    assert (tmp_path / "grid.json").stat().st_mode == plain.stat().st_mode
+    for target in (tmp_path, tmp_path / "no" / "grid.json"):
+        with pytest.raises(LdmfastError, match="cannot be written"):
+            grid.save(target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.json", "plain"]
+
+
 @pytest.mark.parametrize("text,words", [
     ("{", "not a readable time grid"), ("[1]", "a time grid has"), ('{"solver": "ddim"}', "a time grid has"),
     ('{"solver": "dimm", "sigmas": [1, 0], "network_times": [9]}', "unknown solver"),
     ('{"solver": "ddim", "sigmas": [1, "x"], "network_times": [9]}', "sigmas is"),
     ('{"solver": "ddim", "sigmas": [1, 0], "network_times": [NaN]}', "network_times is"),
     ('{"solver": "ddim", "sigmas": [1, 0], "network_times": [9], "options": 3}', "options is"),
+    ('{"solver": "ddim", "sigmas": [1, 0], "network_times": [9], "options": {"sigmas": [1]}}', "'sigmas' is no option"),
+    ('{"solver": ["ddim"], "sigmas": [1, 0], "network_times": [9]}', "solver is"),
 ])
 def test_damaged_files_are_named(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "grid.json"

@@ -13,10 +13,13 @@ from torch import Tensor
 
 import ldmfast
 from ldmfast.errors import LdmfastError, ShapeError
-from ldmfast.samplers import Schedule, make_table
+from ldmfast.guidance import APG, CFG
+from ldmfast.pipelines.open_call import open_call
+from ldmfast.samplers import Schedule, make_table, sample
 from ldmfast.search import BestOfN, Method, PathSearch, Problem, ZeroOrder, search
 from ldmfast.testing.captions import parse_caption
 from ldmfast.testing.judge import judge
+from ldmfast.tuning import Settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "samplers"))
 from mixture import DEVIATION, MEANS, WEIGHTS, epsilon
@@ -38,9 +41,8 @@ class Counted:
         def denoiser(count: int):
             def predict(x: Tensor, t: float, stage: int) -> Tensor:
                 self.calls += len(x)
-                # a run that was taken up inside counts its stages from there
-                at = int(np.argmin(np.abs(self.table.network_times - t)))
-                return exact(x, t, at)
+                assert t == self.table.network_times[stage]  # of the whole run, where one is taken up inside, too
+                return exact(x, t, stage)
 
             exact = epsilon(self.table)
             return predict
@@ -138,5 +140,48 @@ def test_the_judge_chooses_among_pictures_that_calls_draw(network: str, solver: 
     assert seen == [(2, *found.latents.shape[1:])] * 2 and path.noise is None
     assert path.history[1] >= path.history[0] and path.evaluations == 2 * 3 + 2 * 2
     assert path.score == pytest.approx(float(path.latents.mean()), abs=1e-5)
-    with pytest.raises(LdmfastError, match="no place in a search"):
-        search(pipe, caption, verifier, cache=ldmfast.caches.DeepCache(interval=2))
+
+
+@pytest.fixture(scope="module")
+def unet() -> ldmfast.Pipeline:
+    return ldmfast.Pipeline.tiny()
+
+
+CAPTION = "a red circle above a blue square"
+CALL = {"num_inference_steps": 4, "solver": "ddim"}
+
+
+def drawn_ends(pipe: ldmfast.Pipeline, method: Method, **call) -> list[Tensor]:
+    """The latents that a verifier is shown; it likes the first of each batch best."""
+    seen: list[Tensor] = []
+    search(pipe, CAPTION, lambda z: seen.append(z.clone()) or -torch.arange(float(len(z))), method, latent=True, **CALL,
+           **call)
+    return seen
+
+
+def test_a_guided_path_that_is_taken_up_inside_keeps_the_steps_weights(unet) -> None:
+    """The scales of the third and fourth step are 1 and 5: the children are a run of two steps with these scales."""
+    ends = drawn_ends(unet, PathSearch(2, 1, (0.5,)), guidance=CFG(schedule=[3, 3, 1, 5]))
+    whole = open_call(unet, CAPTION, num_images_per_prompt=2, generator=[2, 3], **CALL)
+    half = open_call(unet, CAPTION, num_images_per_prompt=2, generator=0, solver="ddim",
+                     timesteps=whole.table.timesteps[2:].tolist(), guidance=CFG(schedule=[1, 5]))
+    start = whole.table.add_noise(ends[0][[0, 0]], whole.x, 2)
+    torch.testing.assert_close(ends[1], sample(half.denoise, start, table=half.table), rtol=1e-4, atol=1e-4)
+
+
+def test_each_run_of_a_search_begins_without_momentum(unet) -> None:
+    guidance = APG(scale=5.0, momentum=-0.5)
+    ends = drawn_ends(unet, BestOfN(2), batch=1, guidance=guidance)
+    for seed in (0, 1):
+        alone = unet(CAPTION, generator=seed, guidance=guidance, output_type="latent", progress=False, **CALL).images
+        torch.testing.assert_close(ends[seed], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name,value", [
+    ("cache", ldmfast.caches.DeepCache(interval=2)), ("image", torch.zeros(1, 3, 64, 64)),
+    ("mask_image", torch.zeros(1, 1, 64, 64)), ("strength", 0.5), ("callback_on_step_end", lambda *_: None),
+    ("settings", Settings(steps=2)), ("settings", "auto"),
+], ids=lambda v: v if isinstance(v, str) else "")
+def test_what_a_search_would_lose_is_refused(unet, name: str, value) -> None:
+    with pytest.raises(LdmfastError, match=f"{name} has no place in a search"):
+        search(unet, CAPTION, lambda z: z.flatten(1).mean(1), BestOfN(1), **{name: value})
