@@ -204,7 +204,8 @@ class _Trials:
                 self._add(c, reference, self._draw(c.settings, part))
             except LdmfastError as error:  # a policy that does not suit the network, or numbers that become NaN
                 at = next(i for i, other in enumerate(candidates) if other is c)
-                self.notes.append(f"{c.settings} was dropped: {error}")
+                how = "failed on held-out prompts, where testing ended" if ordered else "was dropped"
+                self.notes.append(f"{c.settings} {how}: {error}")
                 if ordered:
                     del candidates[at:]
                     break
