@@ -1,6 +1,6 @@
 """What a faster setting changes, and the fastest that keeps a promise: a certificate, a search, a certificate again.
 
-    python examples/certify_and_tune.py                       # the shipped model, about two minutes
+    python examples/certify_and_tune.py                       # the shipped model; the search takes --budget seconds
     python examples/certify_and_tune.py --model path/to/sd15 --prompts prompts.txt --budget 3600
 """
 

@@ -102,7 +102,7 @@ def generate(
                    ] = Path("out.png"),
     seed: Annotated[int | None, typer.Option(help="Picture i uses seed + i. Default: a fresh one, printed.")] = None,
     negative: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
-    num: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    num: Annotated[int | None, typer.Option(help="How many pictures (default: 1).")] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps (default: the model's own, otherwise 50).")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 turns it off.")] = None,
     solver: Annotated[str | None, typer.Option(help="ddim, euler, dpmpp_2m, unipc, ... (a wrong name lists all).")
@@ -119,7 +119,8 @@ def generate(
     settings: Annotated[str | None, typer.Option(help="A settings file of 'ldmfast tune', or 'auto' for the one beside "
                                                       "the model; sets precision, solver, steps and cache.")] = None,
     from_png: Annotated[Path | None, typer.Option(help="Repeat the picture in this PNG, bit for bit; only --model, "
-                                                       "--out, --image and --mask may be given beside it.")] = None,
+                                                       "--out, --image, --mask, --device and --quiet may be given "
+                                                       "beside it.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Draw a picture from a text (and, if you like, from another picture)."""
@@ -129,7 +130,7 @@ def generate(
         if from_png is not None:
             given = {"prompt": prompt, "seed": seed, "negative": negative, "steps": steps, "guidance": guidance,
                      "solver": solver, "grid": grid, "height": height, "width": width, "strength": strength,
-                     "precision": precision, "settings": settings}
+                     "precision": precision, "settings": settings, "num": num}
             extra = [name for name, value in given.items() if value is not None]
             if extra:
                 raise LdmfastError(f"--from-png repeats a picture exactly, so {extra[0]!r} cannot be given beside it")
@@ -152,8 +153,8 @@ def generate(
             if sources.keys() - {"grid"} and not pipe.takes_pictures:
                 raise LdmfastError("this model draws from a text alone: leave out --image, --mask and --strength")
             result = pipe(prompt, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance,
-                          negative_prompt=negative, num_images_per_prompt=num, generator=seed, solver=solver,
-                          progress=not quiet, settings=tuned, **sources)
+                          negative_prompt=negative, num_images_per_prompt=1 if num is None else num, generator=seed,
+                          solver=solver, progress=not quiet, settings=tuned, **sources)
         done = time.perf_counter()
         files = result.save(out)
     except LdmfastError as error:

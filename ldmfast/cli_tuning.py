@@ -34,7 +34,7 @@ TUNE_EXAMPLES = """Examples:
 """
 
 Model = Annotated[str, typer.Argument(help="A diffusers folder, a single .safetensors file, or a shipped model: "
-                                           "'tiny', 'tiny-dit'.")]
+                                           "'tiny', 'tiny-dit', 'tiny-lcm'.")]
 Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt a line. Shipped models have captions of "
                                                    "their own.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures a call; time depends on it.")]
@@ -90,14 +90,14 @@ def tune(
     model: Model = "tiny",
     prompts: Prompts = None,
     min_psnr: Annotated[float | None, typer.Option(help="Promise: mean PSNR from the exact pictures, in dB (default "
-                                                        "30, which is hard to see; 25 is seen).")] = None,
+                                                        "30).")] = None,
     max_latent_error: Annotated[float | None, typer.Option(help="Promise instead: mean relative error of the last "
                                                                 "latents.")] = None,
     budget: Annotated[float, typer.Option(help="Seconds that the search may take.")] = 300.0,
     seed: Annotated[int, typer.Option(help="Of the split of the prompts and of the pictures.")] = 0,
     batch: Batch = 1,
-    out: Annotated[Path | None, typer.Option(help="JSON to write; a plot of the same name goes beside it. Default: "
-                                                  "beside the model, where --settings auto finds it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A name ending in .json; a plot of the same name goes beside it. "
+                                                  "Default: beside the model, where --settings auto finds it.")] = None,
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
@@ -117,8 +117,8 @@ def tune(
                           path=out, batch=batch, progress=not quiet)
         for line in str(found).split("; "):
             typer.echo(line)
-        if out is not None:
-            typer.echo(f"written to {out}")
+        if pipe.tuned["file"] is not None:
+            typer.echo(f"written to {pipe.tuned['file']}")
     except LdmfastError as error:
         _fail(error)
 

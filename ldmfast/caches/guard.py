@@ -1,4 +1,4 @@
-"""Guard: a dynamic policy with a budget for what it may leave out of one picture."""
+"""Guard: a dynamic policy with a budget for what it may leave out of the pictures that share its forwards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class GuardUse:
 @dataclass(frozen=True, kw_only=True)
 class Guard(Policy):
     """``policy`` (FirstBlock, TeaCache or EasyCache) decides each evaluation; what its indicator says of every one that
-    it leaves out is summed over the picture, and where the sum would pass ``limit`` the evaluation is computed in full.
+    it leaves out is summed over the call, for each group of pictures that share forwards (in exact precision for each
+    picture), and where the sum would pass ``limit`` the evaluation is computed in full.
 
     The indicator is the policy's own: the change since the last full evaluation that it holds against its threshold,
     an estimate of the relative error of what is reused. ``pipe.tune`` learns how the sum goes with the error of the

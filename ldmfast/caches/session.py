@@ -109,6 +109,7 @@ class Session:
             self.store.drop(kind)
             judge = policy.judge(self.call) if kind in self._judges else None
             if judge is not None:
+                judge.follow(self._judges[kind])
                 self._judges[kind] = judge
 
     def _merge(self, branches: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from .scaled import check_number, check_range
 @dataclass(frozen=True)
 class Identity(Perturb):
     """Every token of the picture attends to itself alone, and to the text if there is any in the same sequence."""
+
+    guidance: ClassVar[str] = "PAG"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, text: int, size: tuple[int, int]) -> Tensor:
         if not text:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Perturb:
     contain, as diffusers' pag_applied_layers: "mid", "up.block_1", "blocks.3"."""
 
     layers: tuple[str, ...] = ("mid",)
+    guidance: ClassVar[str] = "guidance"  # whose it is, for messages
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, text: int, size: tuple[int, int]) -> Tensor:
         """(N, tokens, heads, head_dim) in and out; the first ``text`` of the keys are the text's. size: height and
@@ -31,7 +32,7 @@ class Perturb:
 
     def places(self, network: Any) -> frozenset[int]:
         """Blocks that it concerns."""
-        return places(network, self.layers, type(self).__name__)
+        return places(network, self.layers, self.guidance)
 
 
 def attentions(network: Any) -> dict[str, int]:

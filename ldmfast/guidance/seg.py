@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ class Blurred(Perturb):
     """The picture's queries are blurred over its grid."""
 
     sigma: float = math.inf
+    guidance: ClassVar[str] = "SEG"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, text: int, size: tuple[int, int]) -> Tensor:
         first = q.shape[1] - (k.shape[1] - text)  # queries of the text

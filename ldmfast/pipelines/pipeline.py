@@ -63,7 +63,7 @@ class Pipeline(LoraMethods):
         self.engine: Engine | None = _engine(device)
         self.reopen: Callable[[str], Pipeline] | None = None  # the same model in another precision
         self.siblings: dict[str, Pipeline] = {}  # so opened, for settings that ask for them
-        self.tuned: dict[str, Any] = {}  # by the last tune: "settings" and "front"
+        self.tuned: dict[str, Any] = {}  # by the last tune: "settings", "front" and "file"
 
     @classmethod
     def from_pretrained(

@@ -15,7 +15,7 @@ from . import measure
 from .measure import Drawn
 from .metrics import latent_errors, psnr, ssim
 from .report import Arm, Report
-from .settings import Settings, resolve, short
+from .settings import Settings, check_call, promised, resolve, short
 
 if TYPE_CHECKING:
     from ..pipelines import Pipeline
@@ -38,13 +38,15 @@ def certify(pipe: Pipeline, prompts: Sequence[str], settings: Settings | str = "
     Raises LdmfastError, before pictures are drawn where that can be told.
     """
     fast, exact = resolve(pipe, settings), reference or Settings()
+    check_call(pipe, exact.call())
     texts, numbers = inputs(prompts, seeds, batch)
     for arm in (exact, fast):  # the first call is slower; it also finds what does not fit the model
         measure.draw(pipe, arm, texts[:1], numbers[:1], call)
     turns = []
     for part in progressed(chunks(len(texts), batch), progress, "certify"):
         turns.append([measure.draw(pipe, arm, texts[part], numbers[part], call) for arm in (exact, fast)])
-    return _report(pipe, turns, (exact, fast), texts, numbers, judge)
+    promise = None if fast.promise is None else promised(fast, [fast_one.made for _, fast_one in turns], call)
+    return _report(pipe, turns, (exact, fast), texts, numbers, judge, promise)
 
 
 def inputs(prompts: Sequence[str], seeds: Sequence[int] | int, batch: int) -> tuple[list[str], list[int]]:
@@ -70,7 +72,7 @@ def progressed(items: Sequence[Any], show: bool, name: str) -> Any:
 
 
 def _report(pipe: Pipeline, turns: list[list[Drawn]], arms: Sequence[Settings], texts: list[str], numbers: list[int],
-            judge: Judge | None) -> Report:
+            judge: Judge | None, promise: str | None) -> Report:
     images = [torch.cat([turn[i].images for turn in turns]) for i in range(2)]
     errors = [latent_errors(b.trajectory, a.trajectory) for a, b in turns]
     by_level = torch.cat([rows for _, rows in errors], dim=1)
@@ -83,7 +85,7 @@ def _report(pipe: Pipeline, turns: list[list[Drawn]], arms: Sequence[Settings], 
         width=images[0].shape[3], reference=rows[0], fast=rows[1], psnr=tuple(psnr(images[1], images[0]).tolist()),
         ssim=tuple(ssim(images[1], images[0]).tolist()), levels=tuple(errors[0][0]),
         latent_errors=tuple(tuple(row) for row in by_level.tolist()), speedup=statistics.median(ratios),
-        speedups=tuple(ratios), promise=None if arms[1].promise is None else str(arms[1].promise),
+        speedups=tuple(ratios), promise=promise,
         notes=tuple(n for n in (note,) if n), pictures={"reference": images[0], "fast": images[1]})
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import LdmfastError
 from ..samplers import StepTable
 from .metrics import Trajectory
-from .settings import Settings, in_precision
+from .settings import Settings, check_call, in_precision
 
 PARTS = ("text", "denoise", "decode")
 
@@ -70,8 +70,8 @@ class _Counter:
 
 
 def _now(device: torch.device) -> float:
-    """Seconds. With one thread on a CPU it is that thread's processor time, which other processes on a busy machine
-    hardly change; otherwise the clock on the wall."""
+    """Seconds. With one thread on a CPU it is that thread's processor time, in which waiting for other processes does
+    not count (that they slow memory and share caches does); otherwise the clock on the wall."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif torch.get_num_threads() == 1:
@@ -128,6 +128,7 @@ def draw(pipe: Any, settings: Settings, prompts: Sequence[str], seeds: Sequence[
              "num_images_per_prompt"}
     for name in [*(taken & call.keys()), *(settings.call().keys() & call.keys())]:
         raise LdmfastError(f"{name} is set by what is measured: leave it out")
+    check_call(pipe, [*settings.call(), *call])
     one, arguments = prepared(pipe, settings)
     latents: list[Tensor] = []
     marks: list[float] = []

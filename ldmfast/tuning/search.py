@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .bounds import mean_bound, one_bound, student_quantile
 from .settings import Settings
@@ -19,12 +20,15 @@ ALIKE = 1.03  # speeds nearer than this are taken as equal: timing says no more
 @dataclass
 class Candidate:
     """values: of the measure, higher is better (errors negated), one a picture. ratios: of times, one a turn.
-    used: the summed indicator of dynamic caches, one a picture."""
+    used: the summed indicator of dynamic caches, one a picture. made: the settings of a picture of it. finalists: how
+    many were tested on held-out prompts with it."""
 
     settings: Settings
     values: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     used: list[float] = field(default_factory=list)
+    made: dict[str, Any] = field(default_factory=dict)
+    finalists: int = 1
 
     @property
     def mean(self) -> float:
@@ -57,8 +61,9 @@ class Measure:
         return -10 * math.log10(squared) if self.name == "psnr" else -math.sqrt(squared)
 
 
-Turn = Callable[[Sequence[Candidate], Sequence[int]], bool]
-"""Draws the reference and every candidate for these prompts in turn and adds to their lists; False: time is up."""
+Turn = Callable[[list[Candidate], Sequence[int]], bool]
+"""Draws the reference and every candidate for these prompts in turn and adds to their lists, or takes out what cannot
+be drawn; False: time is up."""
 
 
 def combine(measure: Measure, parts: Sequence[Candidate], others: Sequence[Candidate],
@@ -100,7 +105,7 @@ def finalists(measure: Measure, candidates: Sequence[Candidate], held_out: int) 
     likely = [c for c in candidates if c.speed > 1 and c.expected_bound(held_out) >= measure.limit - slack]
     fastest = front(likely)[:FINALISTS]
     fastest.sort(key=lambda c: -c.expected_bound(held_out))
-    return [Candidate(c.settings) for c in fastest]
+    return [Candidate(c.settings, finalists=len(fastest)) for c in fastest]
 
 
 def passed(measure: Measure, ordered: Sequence[Candidate]) -> list[Candidate]:

@@ -22,7 +22,7 @@ from .chart import Series, chart
 from .measure import Drawn
 from .metrics import latent_errors, psnr
 from .search import CONFIDENCE, LEAST_CALIBRATION, LEAST_HELD_OUT, NEW, Candidate, Measure
-from .settings import Promise, Settings, beside, identity
+from .settings import Promise, Settings, beside, check_call, conditions, identity
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,13 +75,15 @@ def tune(pipe: Pipeline, prompts: Sequence[str], *, min_psnr: float | None = Non
     mean - t s sqrt(1/n + 1/100) of the mean of 100 unseen pictures meets the promise (Student's t: ``mean_bound``);
     they are tested in an order fixed beforehand, safest first, ending at the first that fails, so that trying several
     does not weaken the 95% (fixed sequence testing: Angelopoulos et al. 2021, "Learn then Test"). The bound is for
-    prompts like these; share and single-picture bounds that suppose nothing of the distribution come with it
-    (``Promise``). If nothing passes, the reference's settings come back, and ``notes`` say so.
+    prompts like these; share and single-picture bounds that suppose nothing of the distribution come with it, corrected
+    for the number of settings tested (``Promise``). If nothing passes, the reference's settings come back, and
+    ``notes`` say so.
 
     reference: default Settings(): exact, with the model's own solver and steps. budget_s: seconds on the wall, passed
     by no more than the trial that runs. batch: pictures a call; time depends on it. call: further arguments, as
     height=. The settings are kept on the pipeline (``settings="auto"``) and saved, with a plot of speed against
-    quality, to ``path``, by default beside the model; never into the folder of a model that ships with ldmfast.
+    quality, to ``path``, which ends in .json (the plot in .png), by default beside the model; never into the folder of
+    a model that ships with ldmfast.
     Raises LdmfastError for fewer than 24 prompts, and for other arguments that make no sense.
     """
     measure = _measure(min_psnr, max_latent_error)
@@ -89,8 +91,10 @@ def tune(pipe: Pipeline, prompts: Sequence[str], *, min_psnr: float | None = Non
     calibration, held_out = split(len(texts), seed)
     if isinstance(budget_s, bool) or not isinstance(budget_s, (int, float)) or not budget_s > 0:
         raise LdmfastError(f"budget_s={budget_s!r} is not a positive number of seconds")
-    target, note = _target(pipe, path)
-    trials = _Trials(pipe, measure, reference or Settings(), texts, numbers, call, budget_s, progress)
+    reference = reference or Settings()
+    check_call(pipe, [*reference.call(), *call])
+    target, note = _target(pipe, path, reference)
+    trials = _Trials(pipe, measure, reference, texts, numbers, call, budget_s, progress)
     chosen, measured = trials.search([calibration[c] for c in chunks(len(calibration), batch)],
                                      [held_out[c] for c in chunks(len(held_out), batch)])
     found = trials.settings(chosen)
@@ -99,7 +103,7 @@ def tune(pipe: Pipeline, prompts: Sequence[str], *, min_psnr: float | None = Non
     limit = abs(measure.limit)
     front = Front(measure.name, limit, tuple(
         Point(c.settings, c.speed, abs(c.mean), len(c.values), any(c is f for f in on_front)) for c in measured))
-    pipe.tuned.update(settings=found, front=front)
+    pipe.tuned.update(settings=found, front=front, file=target)
     if target is not None:
         found.save(target)
         with replacing(target.with_suffix(".png")) as file:
@@ -128,9 +132,19 @@ def _measure(min_psnr: float | None, max_latent_error: float | None) -> Measure:
     return Measure("psnr", value) if name == "min_psnr" else Measure("latent_error", -value)
 
 
-def _target(pipe: Pipeline, path: str | os.PathLike[str] | None) -> tuple[Path | None, str | None]:
-    """Where to save, checked before the search; and why not, if nowhere."""
+def _target(pipe: Pipeline, path: str | os.PathLike[str] | None, reference: Settings
+            ) -> tuple[Path | None, str | None]:
+    """Where to save, checked before the search; and why not, if nowhere. What is found has the reference's guidance."""
+    try:
+        reference.to_json()
+    except LdmfastError as error:
+        if path is not None:
+            raise
+        return None, f"not saved: {error}"
     if path is not None:
+        if Path(path).suffix != ".json":
+            raise LdmfastError(f"{path}: does not end in .json; settings are JSON, and their plot takes the same name "
+                               "with .png")
         if not Path(path).parent.is_dir():
             raise LdmfastError(f"{path}: its folder does not exist; create it or give another path")
         return Path(path), None
@@ -173,13 +187,14 @@ class _Trials:
             else:
                 self.first = self._draw(self.reference, calibration[0])
             first = space.singles(self.pipe, self.reference, self.first.made, names, products)
-            return search.run(self.measure, partial(self.turn, SEARCH * self.budget), partial(self.turn, self.budget),
-                              first, lambda measured: space.combinations(self.measure, self.reference, measured),
+            return search.run(self.measure, partial(self.turn, SEARCH * self.budget), self.test, first,
+                              lambda measured: space.combinations(self.measure, self.reference, measured),
                               calibration, held_out)
 
-    def turn(self, until: float, candidates: Sequence[Candidate], part: Sequence[int]) -> bool:
-        """Draws what can be begun before ``until``."""
-        if self.elapsed() > until:
+    def turn(self, until: float, candidates: list[Candidate], part: Sequence[int], ordered: bool = False) -> bool:
+        """Draws what can be begun before ``until``. A candidate that raises is dropped; where they are ``ordered``, as
+        for a fixed sequence of tests, those after it, too."""
+        if self.elapsed() > until or not candidates:
             return False
         reference = self._draw(self.reference, part)
         for c in list(candidates):
@@ -188,13 +203,21 @@ class _Trials:
             try:
                 self._add(c, reference, self._draw(c.settings, part))
             except LdmfastError as error:  # a policy that does not suit the network, or numbers that become NaN
-                if isinstance(candidates, list):
-                    candidates.remove(c)
-                self.notes.append(f"{c.settings} was dropped: {error}")
+                at = next(i for i, other in enumerate(candidates) if other is c)
+                how = "failed on held-out prompts, where testing ended" if ordered else "was dropped"
+                self.notes.append(f"{c.settings} {how}: {error}")
+                if ordered:
+                    del candidates[at:]
+                    break
+                del candidates[at]
         return True
 
+    def test(self, finalists: list[Candidate], part: Sequence[int]) -> bool:
+        """A turn on held-out prompts: a finalist that raises has failed, and testing ends there."""
+        return self.turn(self.budget, finalists, part, ordered=True)
+
     def _add(self, c: Candidate, reference: Drawn, drawn: Drawn) -> None:
-        n = len(drawn.images)
+        n, c.made = len(drawn.images), drawn.made
         if self.measure.name == "psnr":
             c.values += psnr(drawn.images, reference.images).tolist()
         else:
@@ -217,7 +240,6 @@ class _Trials:
 
     def settings(self, chosen: Candidate | None) -> Settings:
         """The chosen ones with their promise, or the reference's."""
-        made = self.first.made if self.first is not None else {}
         known: dict[str, Any] = {"model": identity(self.pipe), "version": __version__, "device": self.pipe.device.type}
         if chosen is None:
             nothing = (f"no faster setting kept the promise ({self.measure.name} {abs(self.measure.limit):g}) on the "
@@ -226,11 +248,11 @@ class _Trials:
         sign: Callable[[float], float] = (lambda v: v) if self.measure.name == "psnr" else (lambda v: -v)
         values = chosen.values
         n, good = len(values), sum(v >= self.measure.limit for v in values)
-        single = one_bound(values, CONFIDENCE)
+        each = 1 - (1 - CONFIDENCE) / chosen.finalists  # Bonferroni: it was chosen on these very pictures
+        single = one_bound(values, each)
         promise = Promise(
             measure=self.measure.name, limit=sign(self.measure.limit), bound=sign(mean_bound(values, CONFIDENCE, NEW)),
             mean=sign(chosen.mean), worst=sign(min(values)), held_out=n, new=NEW, confidence=CONFIDENCE,
-            share=good / n, share_bound=share_bound(good, n, CONFIDENCE),
-            one=sign(single) if abs(single) < 1e9 else None, speedup=chosen.speed, height=int(made["height"]),
-            width=int(made["width"]), guidance_scale=float(made["guidance_scale"]))
+            share=good / n, share_bound=share_bound(good, n, each), one=sign(single) if abs(single) < 1e9 else None,
+            finalists=chosen.finalists, speedup=chosen.speed, made=conditions(chosen.made))
         return dataclasses.replace(chosen.settings, promise=promise, notes=tuple(self.notes), **known)

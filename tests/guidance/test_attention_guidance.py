@@ -158,8 +158,9 @@ def test_the_transformer_too_and_the_engine_steps_aside() -> None:
     given = PAG(layers="blocks.2"), SEG(layers="blocks.2"), SAG(layer="blocks.2"), SkipLayer(layers=2, stop=1.0)
     for guidance in given:
         assert (pipe(**call, guidance=guidance).images - plain).abs().max() > 1e-3
-    with pytest.raises(ldmfast.LdmfastError, match="names none of the self-attentions"):
-        pipe(**call, guidance=PAG())
+    for guidance, name in (PAG(), "PAG"), (SEG(), "SEG"):
+        with pytest.raises(ldmfast.LdmfastError, match=f"^{name}: layers='mid' names none of the self-attentions"):
+            pipe(**call, guidance=guidance)
     pipe.engine = Engine(RecordedGraphs())
     with pytest.warns(RuntimeWarning, match="runs eagerly.*changes the attention inside"):
         pipe(**call, guidance=PAG(layers="blocks.2"))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import joint_folders as folders
 import numpy as np
 import pytest
 import torch
 
 import ldmfast
+from ldmfast.caches import TaylorSeer
 from ldmfast.errors import CheckpointError, LdmfastError
 from ldmfast.pipelines.flux import FluxPipeline
 from ldmfast.pipelines.load import ASSETS
+from ldmfast.tuning import Promise, Settings
+from ldmfast.tuning.settings import conditions, identity
 
 LIMIT = 1e-4
 
@@ -68,6 +73,22 @@ def test_sd3(sd3, name) -> None:
     got = ours(**call, generator=list(range(5, 5 + pictures)), output_type="np", progress=False)
     assert expected.std() > 0.05
     assert worst(got.images, expected) <= LIMIT
+
+
+@pytest.mark.parametrize("name, value", [("true_cfg_scale", 2.0), ("negative_prompt_2", "dogs"),
+                                         ("cache", TaylorSeer(interval=2, on="output"))])
+def test_a_promise_of_flux_is_for_the_measured_arguments(flux, name, value) -> None:
+    _, ours = flux
+    call = {"negative_prompt": "a cat", "true_cfg_scale": 1.5, "height": 64, "width": 64, "max_sequence_length": 8,
+            "generator": 0, "progress": False, "output_type": "latent"}
+    made = ours("two dogs", num_inference_steps=2, **call).settings
+    tuned = Settings(steps=2, promise=Promise(
+        measure="psnr", limit=30.0, bound=31.0, mean=33.0, worst=24.0, held_out=20, new=100, confidence=0.95, share=0.9,
+        share_bound=0.7, one=25.0, finalists=1, speedup=2.0, made=conditions(made[0])))
+    tuned = replace(tuned, model=identity(ours), version=ldmfast.__version__, device="cpu")
+    assert ours("the moon", settings=tuned, **call).report.promise == str(tuned.promise)
+    told = ours("the moon", settings=tuned, **call | {name: value}).report.promise
+    assert told.startswith(f"nothing: tuned with {name} ")
 
 
 def test_sd3_defaults(sd3) -> None:

@@ -22,8 +22,8 @@ CALL = {"num_inference_steps": 6, "generator": 4, "progress": False, "output_typ
 
 def promise(**other) -> Promise:
     return Promise(**{"measure": "psnr", "limit": 30.0, "bound": 31.25, "mean": 33.0, "worst": 24.0, "held_out": 20,
-                      "new": 100, "confidence": 0.95, "share": 0.9, "share_bound": 0.72, "one": 25.0, "speedup": 2.5,
-                      "height": 64, "width": 64, "guidance_scale": 3.0, **other})
+                      "new": 100, "confidence": 0.95, "share": 0.9, "share_bound": 0.72, "one": 25.0, "finalists": 2,
+                      "speedup": 2.5, "made": {"height": 64}, **other})
 
 
 @pytest.fixture(scope="module")
@@ -133,14 +133,30 @@ def test_settings_in_a_call(tiny):
         tiny(PROMPTS[0], settings={"steps": 3})
 
 
-def test_a_promise_is_for_its_model_version_device_and_size(tiny):
-    from ldmfast.tuning.settings import identity
+def test_a_promise_is_for_its_model_version_device_and_call(tiny, tmp_path):
+    """For the arguments of the measured call alone: whatever else is given beside the settings, nothing is promised."""
+    from ldmfast.tuning.measure import draw
+    from ldmfast.tuning.settings import conditions, identity
 
-    own = Settings(steps=3, promise=promise(), model=identity(tiny), version=ldmfast.__version__, device="cpu")
+    measured = draw(tiny, Settings(steps=2, cache=(TaylorSeer(interval=(0,), on="output"),)), PROMPTS[:2], [7, 8], {})
+    own = Settings(steps=2, cache=TaylorSeer(interval=(0,), on="output"), promise=promise(
+        made=conditions(measured.made)), model=identity(tiny), version=ldmfast.__version__, device="cpu")
+    own = Settings.load(own.save(tmp_path / "s.json"))
     call = {"progress": False, "output_type": "latent", "generator": 0}
-    assert tiny("a red circle", settings=own, **call).report.promise.startswith("mean PSNR >= 30.0 dB over 100 unseen")
-    assert tiny("a red circle", settings=own, height=32, **call).report.promise == (
-        "nothing: tuned with height 64, here 32")
+    kept = tiny("a red circle", settings=own, **call)
+    assert kept.report.promise.startswith("mean PSNR >= 30.0 dB over 100 unseen")
+    assert kept.report.promise.endswith("of all at least 72%, corrected for 2 settings tested)")
+    for name, value, told in (
+            ("height", 32, "height 64, here 32"), ("guidance_scale", 5, "guidance_scale 3.0, here 5.0"),
+            ("guidance", CFG(stop=0.5), "guidance [], here [{"), ("solver", "euler", "solver 'ddim', here 'euler'"),
+            ("guidance_rescale", 0.5, "guidance_rescale 0.0, here 0.5"), ("eta", 0.5, "eta 0.0, here 0.5"),
+            ("negative_prompt", "blue", "negative_prompt '', here 'blue'"), ("clip_skip", 1, "clip_skip None, here 1"),
+            ("latents", torch.zeros(1, 8, 8, 8), "out latents")):
+        found = tiny("a red circle", settings=own, **call, **{name: value}).report.promise
+        assert found.startswith("nothing: tuned with" + " " * (name != "latents") + told), (name, found)
+    report = tiny.certify(PROMPTS[:1], own, reference=SHORT, progress=False)
+    other = tiny.certify(PROMPTS[:1], own, reference=SHORT, progress=False, negative_prompt="blue")
+    assert report.promise == str(own.promise) and other.promise.startswith("nothing: tuned with negative_prompt")
     for name in ("model", "version", "device"):
         other = Settings(steps=3, promise=promise(), **{"model": own.model, "version": own.version, "device": "cpu",
                                                         name: "another"})
@@ -192,6 +208,28 @@ def test_a_guard_keeps_its_budget(tiny, policy, kind):
     assert torch.equal(none.images, tiny(PROMPTS[:2], **call).images) and not none.report.reused.get(kind)
 
 
+@pytest.mark.parametrize("schedule", [{"stop": 0.5}, {"schedule": [5.0] * 4 + [1.0] * 4 + [5.0] * 4}], ids=str)
+def test_a_guards_budget_goes_on_where_the_branches_change(tiny, monkeypatch, schedule):
+    """Against the sum of all that its indicator said of evaluations left out."""
+    from ldmfast.caches import guard
+
+    spent, needed = [], guard._Guarded.needed
+
+    def counted(self, step, indicator):
+        found = needed(self, step, indicator)
+        if not found:
+            spent.append(self.inner.value)
+        return found
+
+    monkeypatch.setattr(guard._Guarded, "needed", counted)
+    call = CALL | {"num_inference_steps": 12, "solver": "ddim", "guidance": CFG(scale=5, **schedule)}
+    (free,) = tiny(PROMPTS[0], **call, cache=Guard(policy=EasyCache(threshold=1.0), limit=math.inf)).report.guards
+    assert free.used == pytest.approx(sum(spent)) and free.used > 0.7
+    spent.clear()
+    (used,) = tiny(PROMPTS[0], **call, cache=Guard(policy=EasyCache(threshold=1.0), limit=0.7)).report.guards
+    assert 0 < sum(spent) <= 0.7 and used.used == pytest.approx(sum(spent))
+
+
 def test_a_guard_in_settings_and_beside_t_gate(tiny):
     guard = Guard(policy=FirstBlock(threshold=0.8), limit=0.7)
     assert from_settings([json.loads(json.dumps(guard.to_dict()))]) == (guard,)
@@ -201,6 +239,49 @@ def test_a_guard_in_settings_and_beside_t_gate(tiny):
     for policy in (TaylorSeer(), guard, None):
         with pytest.raises(ldmfast.LdmfastError, match="only FirstBlock, TeaCache and EasyCache"):
             Guard(policy=policy, limit=1.0)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ({"timesteps": 5}, "timesteps=5 is not a list of numbers"), ({"timesteps": ["a"]}, "is not a list of numbers"),
+    ({"loras": 3}, "loras=3 is not a table"), ({"loras": "style"}, "loras='style' is not a table"),
+    ({"precision": "fp16"}, "precision='fp16' is none of"), ({"solver": 5}, "solver=5 is not a name"),
+    ({"guidance_scale": "3"}, "guidance_scale='3' is not a finite number")])
+def test_what_settings_refuse(arguments, words):
+    with pytest.raises(ldmfast.LdmfastError, match=words):
+        Settings(**arguments)
+
+
+@pytest.mark.parametrize("family", ["FluxPipeline", "StableDiffusion3Pipeline"])
+@pytest.mark.parametrize("settings, name", [(Settings(loras={"a": 1.0}), "loras"),
+                                            (Settings(timesteps=[999, 499]), "timesteps")], ids=["loras", "timesteps"])
+def test_arguments_that_a_family_does_not_take_are_named(tiny, family, settings, name):
+    from ldmfast.pipelines import flux, sd3
+    from ldmfast.tuning.settings import resolve
+
+    pipe = getattr(flux if family == "FluxPipeline" else sd3, family)(tiny.loaded, precision="exact",
+                                                                      device=tiny.device, source="x")
+    with pytest.raises(ldmfast.LdmfastError, match=f"{family} takes no {name}"):
+        pipe("a", settings=settings)
+    with pytest.raises(ldmfast.LdmfastError, match=f"{family} takes no {name}"):
+        pipe.certify(["a"], Settings(), reference=settings, progress=False)
+    with pytest.raises(ldmfast.LdmfastError, match=f"{family} takes no {name}"):
+        pipe.tune(["a"] * 24, min_psnr=30, reference=settings, progress=False)
+    assert resolve(pipe, Settings(steps=3)) == Settings(steps=3)
+
+
+def test_another_precision_is_drawn_as_this_pipeline_is(tiny, monkeypatch):
+    """Tiling and eager calls of one copy are not another's."""
+    import copy
+
+    from ldmfast.tuning.settings import in_precision
+
+    with_engine, plain = copy.copy(tiny), copy.copy(tiny)
+    with_engine.vae_tiling, with_engine.engine, plain.engine = True, object(), None
+    in_precision(plain, "bf16")
+    monkeypatch.setattr(tiny.siblings["bf16"], "engine", kept := object())
+    tiled, eager = in_precision(with_engine, "bf16"), in_precision(plain, "bf16")
+    assert (tiled.vae_tiling, eager.vae_tiling) == (True, False) and tiled.loaded is eager.loaded
+    assert tiled.engine is kept and eager.engine is None and tiny.siblings["bf16"].vae_tiling is False
 
 
 def test_what_certify_refuses(tiny):

@@ -15,6 +15,7 @@ import torch
 
 import ldmfast
 from ldmfast.caches import DeepCache, EasyCache, Guard, TaylorSeer
+from ldmfast.guidance import CFG
 from ldmfast.samplers import Schedule, make_table, sample
 from ldmfast.tuning import Settings, plans, search, space
 from ldmfast.tuning.search import Candidate, Measure
@@ -22,6 +23,10 @@ from ldmfast.tuning.tune import split
 
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "yellow", "cyan", "black")
            for shape in ("circle", "square", "ring", "cross")]
+
+
+class Mine(CFG):
+    """A guidance that settings cannot keep."""
 
 
 class Table:
@@ -81,6 +86,44 @@ def test_testing_ends_at_the_first_failure():
     alike = [Candidate(Settings(steps=n), values=[v] * 20, ratios=[r]) for n, v, r in ((8, 33.0, 2.5), (7, 31.0, 2.55))]
     assert search.best(measure, alike) is alike[0]
     assert search.best(measure, [Candidate(Settings(), values=good, ratios=[0.9])]) is None
+
+
+def test_a_finalist_that_raises_ends_the_testing(tiny, monkeypatch):
+    """As a failure does; on calibration prompts it is dropped alone."""
+    from ldmfast.tuning import measure
+    from ldmfast.tuning.tune import _Trials
+
+    def draw(pipe, settings, *a):
+        if settings.steps == 8:
+            raise ldmfast.errors.PrecisionError("numbers became NaN")
+        return SimpleNamespace(images=torch.rand(2, 3, 8, 8), seconds=1.0, report=None, made={"steps": settings.steps})
+
+    monkeypatch.setattr(measure, "draw", draw)
+    trials = _Trials(tiny, Measure("psnr", 5.0), Settings(), PROMPTS, list(range(24)), {}, 1e6, False)
+    trials.warm.add("exact")
+    row, searched = ([Candidate(Settings(steps=n)) for n in (10, 8, 6)] for _ in range(2))
+    assert trials.test(row, [0, 1]) and [c.settings.steps for c in row] == [10] and row[0].made == {"steps": 10}
+    assert trials.turn(1e6, searched, [0, 1]) and [c.settings.steps for c in searched] == [10, 6]
+    assert [n.partition("8 steps ")[2] for n in trials.notes] == [
+        "failed on held-out prompts, where testing ended: numbers became NaN", "was dropped: numbers became NaN"]
+
+
+def test_bounds_of_the_chosen_hold_for_all_that_were_tested(tiny):
+    """Chosen of five by the same pictures: the bounds for the share and for one more are those at 99%."""
+    from scipy import stats
+
+    from ldmfast.tuning.tune import _Trials
+
+    values = [30.0 + 0.1 * i for i in range(120)]
+    trials = _Trials(tiny, Measure("psnr", 30.5), Settings(), PROMPTS, list(range(24)), {}, 1e6, False)
+    found = {n: trials.settings(Candidate(Settings(steps=6), values=values, ratios=[2.0], finalists=n)).promise
+             for n in (1, 5)}
+    for n, promise in found.items():
+        assert promise.finalists == n and promise.share == 115 / 120
+        assert promise.share_bound == pytest.approx(stats.beta.ppf(0.05 / n, 115, 6))
+    assert found[1].one == pytest.approx(values[5]) and found[5].one == pytest.approx(values[0])  # of 121: 6th, 1st
+    assert [c.finalists for c in search.finalists(Measure("psnr", 30.0), [
+        Candidate(Settings(steps=n), values=[40.0 + n, 41.0 + n], ratios=[20 / n]) for n in (4, 6, 8)], 40)] == [3] * 3
 
 
 def test_errors_of_a_pair_add_as_squares():
@@ -218,7 +261,15 @@ def test_the_budget_ends_the_search(tiny, small, monkeypatch):
     ({}, "give min_psnr or"), ({"min_psnr": 30, "max_latent_error": 0.1}, "one of the two"),
     ({"min_psnr": -3}, "not a number between"), ({"min_psnr": 30, "budget_s": 0}, "budget_s=0"),
     ({"min_psnr": 30, "prompts": PROMPTS[:6]}, "at least 24 prompts, 8 to search with and 16 held out.*6 given"),
-    ({"min_psnr": 30, "path": "no/such/folder/x.json"}, "folder does not exist")])
-def test_what_tune_refuses(tiny, arguments, words):
+    ({"min_psnr": 30, "path": "no/such/folder/x.json"}, "folder does not exist"),
+    ({"min_psnr": 30, "path": "x.png"}, "x.png: does not end in .json"),
+    ({"min_psnr": 30, "path": "x.json", "reference": Settings(guidance=Mine())}, "of your own cannot be saved"),
+    ({"min_psnr": 30, "path": "x.json", "reference": Settings(cache=plans.Recorder())}, "of your own cannot be saved"),
+    ({"min_psnr": 30, "sigma": 3}, "Pipeline takes no sigma")])
+def test_what_tune_refuses(tiny, monkeypatch, arguments, words):
+    """Before anything is drawn."""
+    from ldmfast.tuning import measure
+
+    monkeypatch.setattr(measure, "draw", lambda *a: pytest.fail("drawn"))
     with pytest.raises(ldmfast.LdmfastError, match=words):
         tiny.tune(**{"prompts": PROMPTS, **arguments})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +13,7 @@ from ldmfast.caches import DeepCache, Guard, TaylorSeer, TeaCache, TGate
 from ldmfast.cli import app
 from ldmfast.cli_tuning import policies
 from ldmfast.tuning import Settings
+from ldmfast.tuning.tune import _Trials
 
 
 def run(*words: str):
@@ -43,12 +45,27 @@ def test_certify_and_generate_with_a_settings_file(tmp_path):
     assert done.exit_code == 0 and "4 steps" in done.output and "promised: nothing" in done.output
 
 
+def test_tune_tells_where_it_saved(tmp_path, monkeypatch):
+    """Without --out: beside the model."""
+    from ldmfast.pipelines.load import ASSETS
+
+    folder, prompts = shutil.copytree(ASSETS / "tiny", tmp_path / "model"), tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n" * 24)
+    monkeypatch.setattr(_Trials, "search", lambda *a: (None, []))
+    done = run("tune", str(folder), "--prompts", str(prompts), "--quiet")
+    assert done.exit_code == 0 and f"written to {folder / 'ldmfast_settings.json'}\n" in done.output
+    assert Settings.load(folder / "ldmfast_settings.json").promise is None
+    assert "written to " not in (kept := run("tune", "tiny-lcm", "--quiet")).output and kept.exit_code == 0
+
+
 @pytest.mark.parametrize("words, said", [
     (("certify", "--settings", "x.json", "--steps", "3"), "--settings sets what --steps would"),
     (("certify", "--settings", "absent.json"), "absent.json: no readable settings file"),
     (("certify", "path/to/model"), "--prompts is missing"),
     (("generate", "a", "--settings", "absent.json"), "absent.json: no readable settings file"),
     (("generate", "a", "--settings", "auto", "--precision", "int8"), "--settings sets what --precision would"),
+    (("generate", "--from-png", "x.png", "--num", "4"), "'num' cannot be given beside it"),
+    (("tune", "--out", "x.png", "--quiet"), "x.png: does not end in .json"),
     (("tune", "--budget", "-1", "--quiet"), "budget_s=-1.0 is not a positive number")])
 def test_what_the_commands_refuse(words, said):
     done = run(*words)
