@@ -44,7 +44,7 @@ def singles(pipe: Pipeline, reference: Settings, made: dict[str, Any], names: Se
     own = [made["solver"]] if made["solver"] in ("ddim", "euler", "flow_euler", "dpmpp_2m", "unipc") else []
     for solver in dict.fromkeys([*own, "dpmpp_2m", "unipc"]):
         for count in sorted({max(2, round(steps * share)) for share in SHARES}, reverse=True):
-            if reference.timesteps is None:
+            if reference.timesteps is None and count < steps:
                 found.append(dataclasses.replace(reference, solver=solver, steps=count))
     if not reference.cache:
         found += [dataclasses.replace(reference, cache=cache) for cache in caches(pipe, products, steps)]
