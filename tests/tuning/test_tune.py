@@ -246,14 +246,16 @@ def test_the_budget_ends_the_search(tiny, small, monkeypatch):
 
     begun, plain = [], measure.draw
 
-    def draw(*a):
+    reference = Settings(steps=2)
+
+    def draw(*a):  # every candidate is faster and keeps the promise: what is begun hangs on the budget alone
         begun.append(clock[0])
         clock[0] += 3.0
-        return replace(plain(*a), seconds=2.0 if a[1].solver is None else 1.0)  # finalists do not hang on chance
+        return replace(plain(*a), seconds=2.0 if a[1] == reference else 1.0)
 
     monkeypatch.setattr(measure, "draw", draw)
-    found = tiny.tune(PROMPTS, min_psnr=25, budget_s=20, reference=Settings(steps=2), batch=2, progress=False)
-    assert found.promise is None and max(begun) <= 20 + 3 and len(begun) >= 6
+    found = tiny.tune(PROMPTS, min_psnr=0.1, budget_s=30, reference=reference, batch=2, progress=False)
+    assert found.promise is None and 27 <= max(begun) <= 30 + 3  # a precision is warmed up within its first trial
     tiny.tuned.clear()
 
 
