@@ -69,6 +69,20 @@ def test_huge_scores_pick_one_key(dtype):
     close(ops.attention(q, k, v, scale=40.0), q, k, v, scale=40.0)  # 1.6e6: no bound is used
 
 
+@pytest.mark.parametrize("last", [-30.0, 0.0, 30.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_the_first_of_many_keys_may_mislead(dtype, last):
+    """Scores of +-35 about a mean that leaps after the keys from which the kernel takes its first impression: by -340,
+    not at all, or by 340."""
+    q, k, v = inputs(dtype, tokens=40, keys=1300, width=32)
+    q *= 4.4
+    q[..., 0] = 8.0
+    k[:, 1100:, :, 0] += last
+    for causal in (False, True):
+        out = ops.attention(q, k, v, scale=1.4, causal=causal)
+        close(out, q, k, v, scale=1.4, causal=causal)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.25])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_scale_of_either_sign(dtype, scale):

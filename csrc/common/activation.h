@@ -9,11 +9,12 @@ namespace LDMFAST_LEVEL_NAMESPACE {
 template <class T>
 constexpr bool kRough = std::is_same_v<T, bf16>;
 
-// 2^t: relative error 3e-6 if rough, else 2e-7. Beyond the exponents of fp32 it is 0 and infinite, or (below AVX-512)
-// stops at 2^-125 and 2^125; NaN stays.
+// 2^t: relative error 3e-6 if rough, else 2e-7. It stops at 2^-126, since a result below costs hundreds of cycles; and
+// is infinite beyond the exponents of fp32, or (below AVX-512) stops at 2^-125 and 2^125; NaN stays.
 template <bool rough>
 inline F power_of_two(F t) {
 #if defined(__AVX512DQ__)
+  t = max(splat(-126.0f), t);
   const F r = (F)_mm512_reduce_ps((__m512)t, 0x09);  // t - floor(t)
 #else
   const F low = splat(-125.0f), high = splat(125.0f);

@@ -40,6 +40,28 @@ inline void prefetch(const T* from, int64_t stride, int64_t rows, int64_t n) {
   }
 }
 
+constexpr int64_t kAhead = 16;  // rows between a prefetch and its use
+
+// The largest norm of `rows` rows of n numbers; NaN or infinite if one of them is.
+template <class T>
+inline float longest_row(const T* from, int64_t stride, int64_t rows, int64_t n) {
+  float longest = 0;
+  for (int64_t r = 0; r < rows; ++r, from += stride) {
+    if (r + kAhead < rows) prefetch<0>(from + kAhead * stride, 0, 1, n);
+    F squares{};
+    int64_t i = 0;
+    for (; i + kLanes<float> <= n; i += kLanes<float>) squares += load(from + i) * load(from + i);
+    if (i < n) {
+      const F x = load(from + i, int(n - i));
+      squares += x * x;
+    }
+    const float norm = sum(squares);
+    longest = norm <= longest ? longest : norm;
+    if (norm != norm) break;
+  }
+  return std::sqrt(longest);
+}
+
 // Rows to be asked for a few lines at a time, beside other work: all at once they would fill what waits for memory.
 class RowsAhead {
  public:

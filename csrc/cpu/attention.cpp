@@ -7,9 +7,9 @@
 // `base` shifts the exponents of a query's weights. Any base gives the same quotient as long as nothing overflows and
 // the weights that matter stay normal numbers, and those range over 2^+-126 in fp32 as in bf16. So there is no running
 // maximum and nothing is rescaled: |q . k| <= |q| max|k| (Cauchy and Schwarz) bounds the scores beforehand, and base
-// is that bound less 60. Should the largest weights of a query turn out too small after all (its sum tells), or should
-// the bound not be a number of reasonable size, the block is done again with the true maximum, found in a sweep of its
-// own. The base depends on the query and its head alone, so a result depends neither on threads nor on the batch.
+// is that bound less 60. Should the largest weights of a query turn out too small after all (its sum tells, mostly after
+// the first step), or should the bound not be a number of reasonable size, the block is done again with the true maximum,
+// found in a sweep of its own. The base depends on the query and its head alone, so a result depends neither on threads nor on the batch.
 #include <algorithm>
 #include <atomic>
 
@@ -22,7 +22,6 @@ namespace LDMFAST_LEVEL_NAMESPACE {
 namespace {
 
 constexpr int64_t kStretchBytes = 1 << 20;  // packed keys and values that stay in the second-level cache
-constexpr int64_t kAhead = 16;              // rows between a prefetch and its use
 constexpr float kLog2e = 1.44269504f;
 constexpr float kHeadroom = 60;     // log2 of the largest weight that the bound allows
 constexpr float kBoundLimit = 16384;  // up to here a base is a whole number to 1/128, as TileWeights needs
@@ -65,7 +64,7 @@ class Worker {
     b_ = b;
     h_ = h;
     kv_ = kv;
-    if (packed_ < 0) longest_ = longest(k);
+    if (packed_ < 0) longest_ = longest_row(k, p_.k.stride(1), p_.keys, p_.depth);
     const auto sweep = [&](Sweep kind, int64_t from, int64_t to) {
       for (int64_t at = 0; at < seen; at += stretch_) {
         const int64_t keys = std::min(stretch_, seen - at);
@@ -148,26 +147,6 @@ class Worker {
   static int64_t place(int64_t row, int64_t k, int64_t depth) {
     if (!Engine::kTiles) return row * depth + k;
     return row / 16 * 16 * depth + k / 32 * 512 + row % 16 * 32 + k % 32;
-  }
-
-  // The largest norm of a key; NaN or infinite if one of them is.
-  template <class T>
-  float longest(const T* k) const {
-    float longest = 0;
-    for (int64_t j = 0; j < p_.keys; ++j, k += p_.k.stride(1)) {
-      if (j + kAhead < p_.keys) prefetch<0>(k + kAhead * p_.k.stride(1), 0, 1, p_.depth);
-      F squares{};
-      int64_t d = 0;
-      for (; d + L <= p_.depth; d += L) squares += load(k + d) * load(k + d);
-      if (d < p_.depth) {
-        const F x = load(k + d, int(p_.depth - d));
-        squares += x * x;
-      }
-      const float norm = sum(squares);
-      longest = norm <= longest ? longest : norm;
-      if (norm != norm) break;
-    }
-    return std::sqrt(longest);
   }
 
   template <class T>
@@ -267,12 +246,20 @@ class Worker {
   void visit(Sweep kind, int64_t at, int64_t keys) {
     const int64_t seen = std::min(keys, p_.visible(row_ + rows_ - 1) - at);
     float* out = out_ + slot_ * width_ * C;
+    const bool trial = kind == Sweep::bounded && at == 0 && seen >= 8 * step_;
     int64_t j = 0;
     if constexpr (Engine::kTiles)
-      if (kind == Sweep::bounded && !p_.bias.has_value())
-        j = visit_whole(std::min(keys, p_.visible(row_) - at) / step_, out);
+      if (kind == Sweep::bounded && !p_.bias.has_value()) {
+        const int64_t steps = std::min(keys, p_.visible(row_) - at) / step_;
+        if (trial && steps > 0) {
+          j = visit_whole(0, 1, out);
+          if (distrusted(row_)) return;
+        }
+        j = visit_whole(j, steps - j / step_, out);
+      }
     for (RowsAhead& rows : ahead_) rows.some(rows.lines());
     for (; j < seen; j += step_) {
+      if (trial && j == step_ && distrusted(row_)) return;
       const int n = int(std::min<int64_t>(step_, keys - j)), padded = int(up(n, kPad));
       Engine::multiply(k_ + j * depth_, depth_, G, q_, scores_, int(up(n, Engine::kRows)),
                        int(depth_), false);
@@ -292,11 +279,11 @@ class Worker {
     }
   }
 
-  // Steps of which nothing is hidden. Returns the keys seen.
-  int64_t visit_whole([[maybe_unused]] int64_t steps, [[maybe_unused]] float* out) {
+  // Steps from key j on of which nothing is hidden. Returns the key after them.
+  int64_t visit_whole(int64_t j, [[maybe_unused]] int64_t steps, [[maybe_unused]] float* out) {
 #if defined(__AMX_BF16__)
-    if (steps <= 0) return 0;
-    TileSteps tiles{k_, v_, q_, depth_, width_, step_, scores_, weights_, out, ahead_};
+    if (steps <= 0) return j;
+    TileSteps tiles{k_ + j * depth_, v_ + j * width_, q_, depth_, width_, step_, scores_, weights_, out, ahead_};
     const auto run = [&](auto run) {
       (tiles.*run)(steps, started_[size_t(slot_)], base_ + slot_ * C, unit_, total_ + slot_ * C);
     };
@@ -307,9 +294,9 @@ class Worker {
     else
       ones_ ? run(&TileSteps::run<1, false>) : run(&TileSteps::run<1, true>);
     started_[size_t(slot_)] = 1;
-    return steps * step_;
+    return j + steps * step_;
 #else
-    return 0;
+    return j;
 #endif
   }
 
@@ -381,7 +368,8 @@ class Worker {
 
   const float* totals() const { return ones_ ? out_ + (slot_ * width_ + p_.width) * C : total_ + slot_ * C; }
 
-  // Whether the weights were too small or too large for the sums to be exact: such a block is done again.
+  // Whether the weights are too small or too large for the sums to be exact: such a block is done again. Asked after the
+  // first of many steps, too, whose keys are seldom all of a kind that the others are not.
   bool distrusted(int64_t row) {
     const int rows = int(std::min<int64_t>(C, p_.queries - row));
     bool fine = started_[size_t(slot_)] && !again_[size_t(slot_)];
