@@ -226,6 +226,8 @@ class _Unit:
             module.quantize_rows(int8.form)
             return
         eight = rows_to_int8(module.weight) if needed and not by_rows else None
+        if eight is not None and int8 is not None and not int8.needs_float(name):
+            module.register_parameter("weight", None)  # before it is converted for nothing
         if dtype is not None:
             module.to(dtype)
         if int8 is None or by_rows or int8.needs_float(name):

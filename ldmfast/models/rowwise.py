@@ -18,7 +18,6 @@ from ..quantization import Plan
 FORMS = ("fp8", "int8_rows")  # of a quantization.Plan
 _STEP = 16  # cuBLAS: both sizes of a weight of 8 bits are multiples of it
 _LEAST_ROWS = 17  # torch._int_mm on a GPU takes no fewer
-_AT_ONCE = 1 << 20  # numbers of a weight that are converted at a time: they stay in cache
 _SCHEMAS = {
     "fp8": ("aten::_scaled_mm", "(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, Tensor? bias=None, Tensor? "
                                 "scale_result=None, ScalarType? out_dtype=None, bool use_fast_accum=False) -> Tensor"),
@@ -74,11 +73,11 @@ def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sums_of_rows(values: Tensor) -> Tensor:
-    """Of each output's int8 values, int32. In floating point, exactly: torch's integer sums take ten times as long."""
+    """Of each output's int8 values, int32. On a CPU as a product with ones: torch's integer sums take 50 times as long."""
     rows = values.flatten(1)
-    wide = torch.float32 if 127 * rows.shape[1] < 2**24 else torch.float64
-    some = max(1, _AT_ONCE // max(1, rows.shape[1]))
-    return torch.cat([part.to(wide).sum(1).int() for part in rows.split(some)]) if len(rows) else rows.sum(1).int()
+    if rows.device.type != "cpu" or rows.numel() == 0:
+        return rows.sum(1).int()
+    return torch._int_mm(rows, rows.new_ones(rows.shape[1], 1)).squeeze(1)
 
 
 class RowCodes(NamedTuple):
