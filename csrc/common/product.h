@@ -83,7 +83,7 @@ inline void product(const Convolution& c, const Source& source, const typename P
   const int64_t tasks = strips * cut.parts;
   std::atomic<int64_t> next{0};  // a thread that is held up leaves its share to the others
   parallel_for(0, std::min<int64_t>(tasks, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    static thread_local Workspace workspace;
+    Workspace& workspace = Workspace::of_thread();
     [[maybe_unused]] const typename Blocks<P>::Scope scope;
     for (int64_t task; (task = next++) < tasks;) {
       const int64_t begin = task / cut.parts * cut.rows, end = std::min(begin + cut.rows, all);

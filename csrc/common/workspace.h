@@ -13,6 +13,15 @@ inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mul
 
 class Workspace {
  public:
+  // The one that all kernels share: each would keep some megabytes of its own.
+  static Workspace& of_thread() {
+    static thread_local Workspace one;
+    return one;
+  }
+
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
   ~Workspace() { std::free(base_); }
   template <class T>
   T* take(int64_t n) {

@@ -48,7 +48,7 @@ class Worker {
     const int64_t fit = kStretchBytes / int64_t(sizeof(E)) / (depth_ + width_) / step_ * step_;
     stretch_ = std::min(std::max<int64_t>(fit, step_), up(p.keys, step_));
   }
-  ~Worker() { workspace().shrink(); }
+  ~Worker() { Workspace::of_thread().shrink(); }
 
   // Query blocks [first, last) of one head.
   template <class T>
@@ -108,17 +108,12 @@ class Worker {
     ahead_[1] = RowsAhead(out_row(out, row_), p_.heads * p_.width, rows_, p_.width);
   }
 
-  static Workspace& workspace() {
-    static thread_local Workspace kept;
-    return kept;
-  }
-
   void reserve(int64_t slots) {
     if (slots <= int64_t(started_.size())) return;
     packed_ = -1;  // the workspace may move
     started_.resize(size_t(slots));
     again_.resize(size_t(slots));
-    Workspace& w = workspace();
+    Workspace& w = Workspace::of_thread();
     w.lay_out([&] {
       k_ = w.take<E>(stretch_ * depth_);
       v_ = w.take<E>(stretch_ * width_);
