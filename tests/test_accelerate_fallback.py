@@ -172,7 +172,8 @@ def test_errors_are_those_of_diffusers():
     theirs = make.unet()
     ours = ldmfast.accelerate(copy.deepcopy(theirs))
     x, t, e = inputs()
-    for bad in ((x, t, e[..., :5]), (x[:, :3], t, e), (x.half(), t, e), (x, t, None), (x, t, e[:1])):
+    for bad in ((x, t, e[..., :5]), (x[:, :3], t, e), (x.half(), t, e), (x, t, None), (x, t, e[:1]),
+                (x[:0], torch.tensor([]), e[:0]), (x, "5", e)):
         with pytest.raises(Exception) as wanted:
             theirs(*bad)
         with pytest.raises(wanted.type) as got:
@@ -227,6 +228,18 @@ def test_autocast_and_compile():
     with pytest.warns(UserWarning, match="compiled"):
         out = torch.compile(ours, backend="eager", fullgraph=True)(*inputs()).sample
     assert torch.equal(out, theirs(*inputs()).sample)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_export(strict):
+    """torch.export traces diffusers' forward, and reads its arguments from the code object."""
+    theirs = make.dit()
+    ours = ldmfast.accelerate(copy.deepcopy(theirs))
+    given = {"hidden_states": inputs()[0], "timestep": torch.tensor([3, 9]), "class_labels": torch.tensor([1, 2])}
+    with pytest.warns(UserWarning, match="compiled or traced"):
+        program = torch.export.export(ours, (), kwargs=given, strict=strict)
+    torch.testing.assert_close(program.module()(**given).sample, theirs(**given).sample, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()

@@ -47,6 +47,12 @@ def _replace(m):
     m.conv_in.weight = torch.nn.Parameter(2 * m.conv_in.weight)
 
 
+def _replace_module(m):
+    """By one of its like: the weights that were looked at are as they were, but no longer the model's."""
+    m.conv_in = copy.deepcopy(m.conv_in)
+    m.conv_in.weight.mul_(2)
+
+
 def _replace_one_number(m):
     """A parameter of one element compares like a number; it is another tensor all the same."""
     m.conv_out.bias = torch.nn.Parameter(m.conv_out.bias.clone())
@@ -59,7 +65,7 @@ def _swap_data(m):
 
 
 CHANGES = {f.__name__.strip("_"): f for f in (_double, _double_data, _double_data_channels_last, _load, _replace,
-                                              _replace_one_number, _swap_data)}
+                                              _replace_module, _replace_one_number, _swap_data)}
 
 
 @pytest.mark.parametrize("precision", ["exact", "bf16", "int8"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -78,7 +79,8 @@ class State:
         reason = self._blueprint.difference(model, whole="" in CALLS[name])
         if reason is not None:
             return Verdict(structure, Weights(model, copied=False), reason=reason)
-        if before is not None and before.native is not None and before.weights.hold():
+        if (before is not None and before.native is not None and before.weights.are_of(model)
+                and before.weights.hold()):
             return Verdict(structure, before.weights, before.native)
         with torch.inference_mode(False), torch.no_grad():
             weights = Weights(model, copied=precision != "exact")
@@ -111,6 +113,11 @@ class Forward:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self._theirs())
+
+    @property
+    def __code__(self) -> types.CodeType:
+        """torch.export reads the arguments' names from it."""
+        return self._theirs().__code__
 
     def _theirs(self) -> Callable[..., Any]:
         """diffusers' own forward, bound."""

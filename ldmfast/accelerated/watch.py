@@ -60,7 +60,7 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module, copied: bool):
-        self.owners = [d for m in model.modules() for d in (m._parameters, m._buffers) if d]
+        self.owners = _owners(model)
         self.copied = copied
         self.where = self._where()
         # views keep the storage, so that an address cannot come to mean another tensor
@@ -82,11 +82,20 @@ class Weights:
     def _numbers(self) -> Tensor | None:
         return torch.cat(self.views) if self.views else None
 
+    def are_of(self, model: nn.Module) -> bool:
+        """Whether the model's modules are still those that were looked at: one may have been replaced by its like."""
+        now = _owners(model)
+        return len(now) == len(self.owners) and all(a is b for a, b in zip(now, self.owners))
+
     def hold(self) -> bool:
         if self.where is None or self._where() != self.where:
             return False
         now = self._numbers()
         return now is None or self.numbers is None or _same_bits(now, self.numbers)
+
+
+def _owners(model: nn.Module) -> list[dict[str, Any]]:
+    return [d for m in model.modules() for d in (m._parameters, m._buffers) if d]
 
 
 def _sample(t: Tensor) -> Tensor:

@@ -71,11 +71,19 @@ def rows_of(known: dict[float, int], timestep: Tensor | float, pictures: int) ->
 
 
 def as_list(timestep: Tensor | float | Sequence[float]) -> list[float]:
-    if isinstance(timestep, Tensor):
-        if timestep.ndim > 1:
-            raise ShapeError(f"timestep has shape {tuple(timestep.shape)}, needs () or (pictures,)")
-        return [float(t) for t in timestep.reshape(-1).tolist()]
-    return [float(t) for t in timestep] if isinstance(timestep, Sequence) else [float(timestep)]
+    """Raises ShapeError for a tensor of more than one dimension, for no timesteps, and for what is not a number."""
+    if isinstance(timestep, Tensor) and timestep.ndim > 1:
+        raise ShapeError(f"timestep has shape {tuple(timestep.shape)}, needs () or (pictures,)")
+    given = timestep.reshape(-1).tolist() if isinstance(timestep, Tensor) else timestep
+    try:
+        if isinstance(given, str):
+            raise TypeError
+        times = [float(t) for t in given] if isinstance(given, Sequence) else [float(given)]
+    except (TypeError, ValueError) as error:
+        raise ShapeError(f"timestep {timestep!r:.60} is no number; give one, or a tensor () or (pictures,)") from error
+    if not times:
+        raise ShapeError("timestep is empty; it needs one number for the call, or one for each picture")
+    return times
 
 
 class Places:

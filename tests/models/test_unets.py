@@ -268,6 +268,8 @@ def test_time_embedding_does_not_depend_on_its_batch() -> None:
     ({"encoder_hidden_states": draw(2, 5, 47)}, r"needs \(pictures, tokens, 48\)"),
     ({"encoder_hidden_states": draw(3, 5, 48)}, "sample has 2 pictures, the conditions were given for 3"),
     ({"timestep": torch.tensor([1, 2, 3])}, "timestep has 3 entries"),
+    ({"timestep": torch.tensor([])}, "timestep is empty"),
+    ({"timestep": "soon"}, "timestep 'soon' is no number"),
     ({"timestep": torch.zeros(2, 2)}, r"timestep has shape \(2, 2\)"),
     ({"encoder_attention_mask": torch.ones(2, 5, 5)}, r"encoder_attention_mask has shape \(2, 5, 5\)"),
     ({"encoder_attention_mask": torch.ones(2, 4)}, "bias"),
