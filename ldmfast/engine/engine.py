@@ -190,6 +190,8 @@ def _refusal(denoiser: Denoiser, table: StepTable) -> str:
         return "the call has a cache, whose steps are not one graph"
     if table.clip is not None:
         return f"{table.solver} clips the predicted picture, which is not linear"
+    if table.adapts:
+        return f"the coefficients of {table.solver} follow from the pictures"
     if denoiser.casts > 1:
         return "the pictures of the batch have different adapters"
     if denoiser.unet.plan is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LdmfastError
+from .registry import make_table
 from .sample import Denoiser, sample
 from .schedules import Array, Schedule
 from .step_table import StepTable
@@ -20,6 +21,7 @@ Bind = Callable[["TimeGrid | int"], tuple[StepTable, Denoiser]]
 Progress = Callable[[int, float], None]
 
 _NUDGE = (0.02, 0.03)  # difference quotients: of log sigma, and of a tenth of the training time
+_STARTS = ((3.0, 2.5), (6.0, 2.5))  # even log sigmas, from the usual first over this to the usual last over that
 _LEAP = 0.6  # the most that one iteration moves either, in the same units
 _ENOUGH = 0.01  # two iterations in a row that gain less, relative to the error, end it
 
@@ -32,9 +34,10 @@ def learn_grid(bind: Bind, noise: Tensor, target: Tensor, schedule: Schedule, so
     land nearer. Its objective is minimised by Gauss-Newton steps with damping (Marquardt 1963) rather than by
     stochastic gradients: there are a dozen unknowns and thousands of residuals, so the derivatives by differences cost
     as many runs as there are unknowns, and need nothing of the network but its forward. What lies before the step
-    that is nudged is not computed again. Minimised is the geometric mean of the pictures' root mean squares, by
-    reweighted squares: the few pictures in which a small change turns one thing into another, whose derivatives tell
-    nothing, then weigh no more than the others.
+    that is nudged is not computed again. The search starts from the best of the usual grid and some that are even in
+    log sigma. Minimised are the pictures' root mean squares, half their arithmetic mean, half their geometric (of the
+    logarithms), by reweighted squares: the few pictures in which a small change turns one thing into another, whose
+    derivatives tell little, then do not outweigh the others.
 
     bind(grid or number of steps): the step table of that grid, or of the solver's usual one, and a denoiser for it. Its
     answers must not depend on earlier ones: evaluations before the nudged step are not asked for again.
@@ -50,8 +53,10 @@ def learn_grid(bind: Bind, noise: Tensor, target: Tensor, schedule: Schedule, so
         raise LdmfastError(f"learn_grid: {usual.solver} draws noise as it runs: there is no one end to be near; "
                            "learn the steps of its ODE, for example dpmpp_2m")
     default_error = float(_errors(sample(denoise, noise * usual.init_noise_sigma, table=usual), target).mean())
-    fit = _Fit(bind, noise, target, _Unknowns.of(usual, schedule.for_solver(solver)), solver)
-    run, damping, small = fit.run(fit.unknowns.start), 0.03, 0
+    unknowns = _Unknowns.of(usual, schedule.for_solver(solver), solver)
+    fit = _Fit(bind, noise, target, unknowns, solver)
+    run = min((fit.run(p) for p in unknowns.starts()), key=lambda run: run.typical)
+    damping, small = 0.03, 0
     for iteration in range(iterations):
         found = fit.improved(run, damping)
         if found is None:
@@ -76,16 +81,19 @@ def _errors(end: Tensor, target: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class _Unknowns:
     """What is free, in units of about one: log sigma (of a flow the logit, but for the first level, which is pure
-    noise and stays), then the network times in tenths of the training time."""
+    noise and stays), then how far the network times are from those that the solver has for these levels, in tenths of
+    the training time. A level that moves takes its time along: with the times themselves in their place the two are
+    all but one unknown, and the search creeps along a narrow valley."""
 
-    start: Array
+    usual: Array
     levels: int
     first: float | None
     unit: float
     latest: float
+    own: Callable[[list[float]], Array]
 
     @classmethod
-    def of(cls, table: StepTable, schedule: Schedule) -> _Unknowns:
+    def of(cls, table: StepTable, schedule: Schedule, solver: str) -> _Unknowns:
         """Those of a table, from its own grid."""
         alpha, sigma = table.noise_levels[:-1].T
         n, first = schedule.num_train_timesteps, None
@@ -93,22 +101,44 @@ class _Unknowns:
             sigma = sigma / (schedule.shift - (schedule.shift - 1) * sigma)
             first, sigma = float(sigma[0]), np.clip(sigma[1:], 1e-3, 1 - 1e-3)
             alpha = 1 - sigma
-        times = table.network_times / (n / 10)
-        return cls(np.concatenate([np.log(sigma / alpha), times]), len(sigma), first, n / 10,
-                   10.0 if schedule.flow else 10.0 * (n - 1) / n)
+        return cls(np.append(np.log(sigma / alpha), np.zeros(table.num_stages)), len(sigma), first, n / 10,
+                   10.0 if schedule.flow else 10.0 * (n - 1) / n,
+                   lambda sigmas: make_table(schedule, solver, sigmas=sigmas).network_times / (n / 10))
+
+    def starts(self) -> list[Array]:
+        """The usual grid, and for solvers that may begin at any level some that are even in log sigma."""
+        found = [self.usual]
+        if self.first is None and self.levels > 2:
+            for later, lower in _STARTS:
+                p = self.usual.copy()
+                p[:self.levels] = np.linspace(p[0] - np.log(later), p[self.levels - 1] - np.log(lower), self.levels)
+                found.append(p)
+        return [p for p in found if self.falls(p)]
+
+    def falls(self, p: Array) -> bool:
+        """Whether the levels are in order, and not too near to each other for a difference quotient."""
+        return bool((np.diff(p[:self.levels]) < -0.05).all())
+
+    def sigmas(self, p: Array) -> list[float]:
+        sigmas = np.exp(p[:self.levels])
+        return [*sigmas.tolist(), 0.0] if self.first is None else [self.first, *(sigmas / (1 + sigmas)).tolist()]
+
+    def within(self, p: Array) -> Array:
+        """p with network times that networks know."""
+        own = self.own(self.sigmas(p))
+        return np.append(p[:self.levels], np.clip(own + p[self.levels:], 0, self.latest) - own)
 
     def lists(self, p: Array) -> tuple[list[float], list[float]]:
         """(sigmas, network times)"""
-        sigmas, times = np.exp(p[:self.levels]), np.clip(p[self.levels:], 0, self.latest) * self.unit
-        if self.first is not None:
-            return [self.first, *(sigmas / (1 + sigmas)).tolist()], times.tolist()
-        return [*sigmas.tolist(), 0.0], times.tolist()
+        sigmas = self.sigmas(p)
+        return sigmas, ((self.own(sigmas) + self.within(p)[self.levels:]) * self.unit).tolist()
 
     def nudge(self, p: Array, k: int) -> float:
         """A small change of one unknown, away from its bounds: the next level's, and the latest time."""
         if k < self.levels:
             return -_NUDGE[0] if k and p[k] + 2 * _NUDGE[0] > p[k - 1] else _NUDGE[0]
-        return -_NUDGE[1] if p[k] + _NUDGE[1] > self.latest else _NUDGE[1]
+        late = self.own(self.sigmas(p))[k - self.levels] + p[k] + _NUDGE[1] > self.latest
+        return -_NUDGE[1] if late else _NUDGE[1]
 
 
 @dataclass(frozen=True)
@@ -127,8 +157,14 @@ class _Run:
 
     @property
     def typical(self) -> float:
-        """What is minimised: the logarithm of the errors' geometric mean."""
-        return float(self.errors.log().mean())
+        """What is minimised: the logarithm of the errors' mean, half of it of the arithmetic, half of the geometric."""
+        return float(self.errors.log().mean() + self.errors.mean().log()) / 2
+
+    @property
+    def weights(self) -> Tensor:
+        """(pictures,) of each squared error, as the gradient of ``typical`` has them."""
+        errors = self.errors.clamp(min=1e-3 * self.error + 1e-12)
+        return 1 / (errors * errors) + 1 / (errors * self.error)
 
 
 @dataclass(frozen=True)
@@ -166,15 +202,13 @@ class _Fit:
             columns.append((self.run(nudged, run).end.double() - run.end.double()).flatten(1) / step)
         slopes = torch.stack(columns, 2)
         away = (run.end.double() - self.target.double()).flatten(1)
-        weights = 1 / run.errors.clamp(min=1e-3 * run.error + 1e-12).square()
-        square = torch.einsum("ndp,ndq,n->pq", slopes, slopes, weights).cpu().numpy()
-        slope = torch.einsum("ndp,nd,n->p", slopes, away, weights).cpu().numpy()
+        square = torch.einsum("ndp,ndq,n->pq", slopes, slopes, run.weights).cpu().numpy()
+        slope = torch.einsum("ndp,nd,n->p", slopes, away, run.weights).cpu().numpy()
         for _ in range(6):
             ridge = damping * np.diag(square.diagonal()) + 1e-12 * np.trace(square) * np.eye(len(square))
             p = run.p + np.clip(np.linalg.solve(square + ridge, -slope), -_LEAP, _LEAP)
-            p[self.unknowns.levels:] = np.clip(p[self.unknowns.levels:], 0, self.unknowns.latest)
-            if (np.diff(p[:self.unknowns.levels]) < -0.05).all():
-                tried = self.run(p)
+            if self.unknowns.falls(p):
+                tried = self.run(self.unknowns.within(p))
                 if tried.typical < run.typical:
                     return tried, max(damping / 3, 1e-4)
             damping *= 4

@@ -16,6 +16,7 @@ from .deis import deis
 from .dpm2 import dpm2, dpm2_a
 from .dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde
 from .euler import euler, euler_a
+from .evodiff import evodiff
 from .flow import flow_euler, flow_heun
 from .heun import heun
 from .lcm import lcm
@@ -29,8 +30,8 @@ from .unipc import unipc
 SOLVERS: dict[str, Callable[..., StepTable]] = {
     "ddpm": ddpm, "ddim": ddim, "euler": euler, "euler_a": euler_a, "heun": heun, "lms": lms, "pndm": pndm,
     "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde, "dpmpp_3m_sde": dpmpp_3m_sde, "dpm2": dpm2,
-    "dpm2_a": dpm2_a, "unipc": unipc, "deis": deis, "lcm": lcm, "tcd": tcd, "flow_euler": flow_euler,
-    "flow_heun": flow_heun,
+    "dpm2_a": dpm2_a, "unipc": unipc, "deis": deis, "evodiff": evodiff, "lcm": lcm, "tcd": tcd,
+    "flow_euler": flow_euler, "flow_heun": flow_heun,
 }
 """Solver name -> function(schedule, steps, *, timesteps, sigmas, start, its own options) -> StepTable."""
 

@@ -14,7 +14,7 @@ from .. import ops
 from ..errors import DeviceError, LdmfastError, ShapeError
 from .registry import make_table
 from .schedules import Schedule
-from .step_table import StepTable
+from .step_table import Adapt, StepTable
 
 Denoiser = Callable[[Tensor, float, int], "Tensor | Sequence[Tensor | None]"]
 StepCallback = Callable[[int, float, Tensor], "Tensor | None"]
@@ -47,6 +47,7 @@ class Stage:
     step: int
     ends_step: bool
     step_time: float
+    adapt: Adapt | None = None
 
 
 @dataclass(frozen=True)
@@ -87,24 +88,25 @@ def compile_table(table: StepTable) -> Plan:
                 combinations.append(combination(slot, row))
         scale = None if table.c_in[i] == 1 else combination(0, table.c_in[i] * np.eye(len(columns))[0])
         x0 = None
-        if table.clip is not None and table.x0_rows[i].any():
+        if not table.linear and table.x0_rows[i].any():
             x0 = combination(columns.index("x0"), table.x0_rows[i])
         step = int(table.step_index[i])
         stages.append(Stage(
             float(table.network_times[i]), scale, x0, bool(table.needs_noise[i]), tuple(moves),
             tuple(combinations), tuple(bool(v) for v in table.needs_prediction[i]), step,
-            bool(table.step_end[i]), float(table.timesteps[step])))
+            bool(table.step_end[i]), float(table.timesteps[step]), table.adapts[i] if table.adapts else None))
     plan = Plan(tuple(stages), torch.tensor(flat, dtype=torch.float64))
     table.__dict__["_plan"] = plan
     return plan
 
 
 def _live_rows(table: StepTable) -> np.ndarray:
-    """(stages, 1 + registers) bool: x, and the registers that a later stage reads; the others are not made."""
+    """(stages, 1 + registers) bool: x, and the registers that a later stage reads; the others are not made. What adapts
+    may read any."""
     first = len(table.columns) - table.num_registers
     live = np.ones((table.num_stages + 1, 1 + table.num_registers), dtype=bool)
     live[-1, 1:] = False
-    for i in reversed(range(table.num_stages)):
+    for i in reversed(range(table.num_stages)) if not table.adapts else ():
         live[i, 1:] = (table.matrices[i][live[i + 1]][:, first:] != 0).any(axis=0)
     return live[1:]
 
@@ -194,9 +196,14 @@ def _combine(coefficients: Tensor, combination: _Combination, state: list[Any]) 
 
 
 def advance(table: StepTable, coefficients: Tensor, stage: Stage, state: list[Any]) -> None:
-    """S <- M S: all results from the old state, then stored. Before it the picture is clipped where the table does."""
-    if stage.x0 is not None and table.clip is not None:
-        state[stage.x0.slot] = table.clip(_combine(coefficients, stage.x0, state))
+    """S <- M S: all results from the old state, then stored. Before it the picture is clipped where the table does, and
+    the columns are made that are not linear."""
+    if stage.x0 is not None:
+        x0 = _combine(coefficients, stage.x0, state)
+        state[stage.x0.slot] = x0 if table.clip is None else table.clip(x0)
+    if stage.adapt is not None:
+        for name, value in stage.adapt(dict(zip(table.columns, state))).items():
+            state[table.columns.index(name)] = value
     results = [(slot, state[source]) for slot, source in stage.moves]
     results += [(c.slot, _combine(coefficients, c, state)) for c in stage.combinations]
     dtype = state[0].dtype

@@ -9,7 +9,7 @@ from network output at (c_in[i] * x, network_times[i]). Solvers build tables; ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -45,12 +45,17 @@ class Clip:
         return (torch.clamp(x0.to(flat.dtype), -s, s) / s).to(x0.dtype)
 
 
+Adapt = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""(the columns of a stage, "x0" and the registers among them) -> those that it adds."""
+
+
 @dataclass(frozen=True, eq=False)
 class StepTable:
     """Coefficients of a run. All arrays are read-only; the properties count stages, steps and registers.
 
     columns: names of the inputs of a stage: "x", the predictions ("e", or "uncond" and "cond" once guided),
-    "noise", "x0" (only with ``clip``: the limited data prediction, made from ``x0_rows``), "r0", "r1", ...
+    "noise", "x0" (only with ``clip``: the limited data prediction, made from ``x0_rows``; or with ``adapts``, whose
+    columns follow it), "r0", "r1", ...
     matrices: (stages, 1 + registers, columns) float64. network_times, c_in: (stages,) float64.
     x0_rows: (stages, columns) float64, the predicted picture before ``clip`` (zeros where a solver has none).
     step_index: (stages,) which step a stage belongs to, counted from 0 at the start of the run.
@@ -59,6 +64,7 @@ class StepTable:
     (1, 0), because what the loop hands on is a picture, whatever noise the schedule thinks is left.
     init_noise_sigma: factor on unit noise for a run from pure noise. start: steps skipped (image to image).
     solver_times: (stages,) the network times of the solver itself, where the network is told others.
+    adapts: empty, or for each stage what makes the columns that are no linear function of the others (``Adapt``).
     """
 
     solver: str
@@ -75,6 +81,12 @@ class StepTable:
     predictions: tuple[str, ...] = ("e",)
     clip: Clip | None = None
     solver_times: Array | None = None
+    adapts: tuple[Adapt, ...] = ()
+
+    @property
+    def linear(self) -> bool:
+        """Whether nothing is clipped or adapted."""
+        return self.clip is None and not self.adapts
 
     @property
     def num_stages(self) -> int:
@@ -106,7 +118,7 @@ class StepTable:
     def _reads(self, name: str) -> np.ndarray:
         column = self.columns.index(name)
         reads = (self.matrices[:, :, column] != 0).any(axis=1)
-        return reads if self.clip is None else reads | (self.x0_rows[:, column] != 0)
+        return reads if self.linear else reads | (self.x0_rows[:, column] != 0)
 
     def with_guidance(self, scale: float | Sequence[float]) -> StepTable:
         """This table with classifier-free guidance folded in (Ho & Salimans 2022, eq. 6).
@@ -187,7 +199,8 @@ class TableBuilder:
     """Writes a table down stage by stage. Every quantity is a row vector over the columns, so a solver's
     formulas read like the paper's: ``x0, eps = b.predict(...)``; ``b.stage(t, a * x0 + s * eps)``."""
 
-    def __init__(self, solver: str, schedule: Schedule, registers: int = 0, clips: bool = False) -> None:
+    def __init__(self, solver: str, schedule: Schedule, registers: int = 0, clips: bool = False,
+                 adapts: Sequence[str] = ()) -> None:
         self.clip: Clip | None = None
         if clips and schedule.thresholding:
             self.clip = Clip(None, schedule.dynamic_thresholding_ratio, schedule.sample_max_value)
@@ -198,12 +211,15 @@ class TableBuilder:
             raise LdmfastError(f"{solver}: {option}=True is not supported by this solver; use ddim, "
                                "or switch it off")
         self.solver, self.prediction_type, self._schedule = solver, schedule.prediction_type, schedule
-        names = ["x", "e", "noise", *(["x0"] if self.clip else []), *(f"r{i}" for i in range(registers))]
+        made = ["x0", *adapts] if self.clip or adapts else []
+        names = ["x", "e", "noise", *made, *(f"r{i}" for i in range(registers))]
         unit = dict(zip(names, np.eye(len(names))))
         self.columns = tuple(names)
         self.x, self.e, self.noise = unit["x"], unit["e"], unit["noise"]
         self.r = [unit[f"r{i}"] for i in range(registers)]
-        self._clipped = unit.get("x0")
+        self.adapted = {name: unit[name] for name in made}
+        self._clipped = unit["x0"] if self.clip else None
+        self._adapts: list[Adapt] = []
         self._x0_row = np.zeros(len(names))
         self._rows: list[Array] = []
         self._x0_rows: list[Array] = []
@@ -254,7 +270,7 @@ class TableBuilder:
         return float(constant + slope * time / self._schedule.num_train_timesteps)
 
     def stage(self, time: float, x: Array, registers: dict[int, Array] | None = None, *, c_in: float = 1.0,
-              end: bool = True) -> None:
+              end: bool = True, adapt: Adapt | None = None) -> None:
         """One network evaluation at ``time``; x and the registers named become these rows, others stay."""
         rows = [x, *self.r]
         for k, row in (registers or {}).items():
@@ -266,6 +282,8 @@ class TableBuilder:
         self._c_in.append(float(c_in))
         self._steps.append(self._step)
         self._step += end
+        if adapt is not None:
+            self._adapts.append(adapt)
 
     def table(self, timesteps: Array, noise_levels: list[tuple[float, float]], init_noise_sigma: float,
               start: int) -> StepTable:
@@ -283,4 +301,4 @@ class TableBuilder:
             step_index=np.array(self._steps, dtype=np.int64),
             timesteps=_frozen(np.array(timesteps, dtype=np.float64)), noise_levels=_frozen(levels),
             init_noise_sigma=float(init_noise_sigma), start=start, clip=self.clip,
-            x0_rows=_frozen(np.array(self._x0_rows).reshape(-1, n)))
+            x0_rows=_frozen(np.array(self._x0_rows).reshape(-1, n)), adapts=tuple(self._adapts))

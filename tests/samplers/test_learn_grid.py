@@ -57,8 +57,8 @@ def away(x: Tensor, y: Tensor) -> float:
 
 
 @pytest.mark.parametrize("solver,steps,schedule,gain", [
-    ("dpmpp_2m", 6, VP, 4), ("ddim", 6, VP, 4), ("heun", 4, VP, 3),
-    ("flow_euler", 6, FLOW, 4), ("dpmpp_2m", 6, FLOW, 2.5),
+    ("dpmpp_2m", 6, VP, 10), ("ddim", 6, VP, 4), ("heun", 4, VP, 4),
+    ("flow_euler", 6, FLOW, 5), ("dpmpp_2m", 6, FLOW, 4),
 ], ids=["dpmpp_2m", "ddim", "heun", "flow_euler", "flow-dpmpp_2m"])
 def test_learned_steps_end_nearer_to_the_exact_solution(solver: str, steps: int, schedule: Schedule, gain: float
                                                         ) -> None:
@@ -102,7 +102,8 @@ def test_evaluations_that_are_left_out_change_nothing() -> None:
     learned = learn_grid(bind, noise, whole.end(300, noise), VP, "dpmpp_2m", 6, iterations=1)
     assert len(runs) >= 14 and torch.equal(whole.end(learned, noise), network.end(learned, noise))
     assert learned.error == float((whole.end(learned, noise) - whole.end(300, noise)).square().mean(1).sqrt().mean())
-    assert network.calls < 0.75 * 6 * len(runs)
+    nudged = len(runs) - 5  # whole: the usual run, the three that the search may start from, and what it tried
+    assert network.calls - 6 * 5 < 0.75 * 6 * nudged
 
 
 def test_noise_and_shapes_are_refused() -> None:
