@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _load
+from ._faults import on_one_device
 
 NAMESPACE = "ldmfast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -137,7 +138,7 @@ def register(row: Op) -> Any:
     qualified = f"{NAMESPACE}::{row.name}"
     LIBRARY.define(row.name + row.schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(row.name, row.reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, row.fake, lib=LIBRARY)
+    torch.library.register_fake(qualified, on_one_device(row.name, row.fake), lib=LIBRARY)
     ROWS[row.name] = row
     return row.overload
 

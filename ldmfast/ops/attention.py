@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LdmfastError, ShapeError
+from ._faults import public
 from ._op import LIBRARY, Case, Cost, Draw, Op, accumulator, case, nbytes, register, shape_of
 
 _QUERY_CHUNK = 512  # the reference is also the fallback: bounds its score matrix
@@ -151,6 +152,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise LdmfastError(f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; give them one dtype")
 
 
+@public
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False,
               block_size: int = 1, bias: Tensor | None = None) -> Tensor:
     """softmax(scale * q k^T + bias) v, tiled with a running softmax (Dao et al. 2022, algorithm 1).
@@ -174,4 +176,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ca
                              f"that broadcasts to (batch, heads, tokens, keys) = {want}")
         while bias.ndim < 4:
             bias = bias.unsqueeze(0)
-    return _call(q, k, v, bias, q.shape[3] ** -0.5 if scale is None else scale, causal, block_size)
+    return _call(q, k, v, bias, max(q.shape[3], 1) ** -0.5 if scale is None else scale, causal, block_size)

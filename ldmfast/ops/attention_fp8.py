@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import LdmfastError, PrecisionError
 from . import quantize_rowwise as rowwise
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, register
 from .attention import _check
 from .attention import cases as plain_cases
@@ -79,6 +80,7 @@ _call = register(Op("attention_fp8", "(Tensor q, Tensor k, Tensor v, float scale
                     "-> Tensor", reference, fake, cases, cost, peer, gpu_only=True))
 
 
+@public
 def attention_fp8(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False,
                   block_size: int = 1) -> Tensor:
     """attention(q, k, v, ...) without a bias, its factors rounded to e4m3 (Shah et al. 2024, section 3.3): q and the
@@ -94,4 +96,4 @@ def attention_fp8(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None
     if q.is_cuda and (found := torch.cuda.get_device_capability(q.device)) < LEAST_CHIP:
         raise PrecisionError(f"attention_fp8: needs a GPU of compute capability 8.9 or newer, {q.device} has "
                              f"{found[0]}.{found[1]}: use ops.attention")
-    return _call(q, k, v, q.shape[3] ** -0.5 if scale is None else scale, causal, block_size)
+    return _call(q, k, v, max(q.shape[3], 1) ** -0.5 if scale is None else scale, causal, block_size)

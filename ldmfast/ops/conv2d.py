@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, nbytes, numel, register, shape_of
 from .pack_weight import image_weight, packed_shape, peer_weight
 from .pack_weight import reference as pack
@@ -131,6 +132,7 @@ def check_residual(op: str, residual: Tensor | None, shape: tuple[int, ...],
         raise ShapeError(f"{op}: residual is {residual.dtype}, needs x's {dtype}")
 
 
+@public
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *, out_channels: int,
            kernel: int = 3, stride: int = 1, padding: int = 1, upsample: bool = False) -> Tensor:
     """Convolution of x, or of x doubled in size by nearest neighbours, plus bias and residual, with fp32 sums.

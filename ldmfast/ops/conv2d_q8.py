@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, case, nbytes, numel, register, shape_of
 from .conv2d import check, check_residual, double_size, out_shape, out_size
 from .pack_weight import image_weight, peer_weight
@@ -156,6 +157,7 @@ def check_products(op: str, products: int) -> None:
         raise ShapeError(f"{op}: a sum of {products} products does not fit 32 bits; at most {2**31 // (255 * 127)} do")
 
 
+@public
 def conv2d_q8(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, weight: Tensor, weight_scale: Tensor,
               weight_sums: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *, out_channels: int,
               kernel: int = 3, stride: int = 1, padding: int = 1, upsample: bool = False) -> Tensor:

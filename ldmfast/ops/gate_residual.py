@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ..errors import LdmfastError, ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, nbytes, numel, register, shape_of
 from .layer_norm_modulate import condition
 
@@ -60,6 +61,7 @@ _call = register(Op("gate_residual", "(Tensor x, Tensor y, Tensor gate) -> Tenso
                     peer))
 
 
+@public
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + gate * y: the residual sum of an adaLN-zero block (Peebles and Xie 2023, section 3.2), rounded once.
 

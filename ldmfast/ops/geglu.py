@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, nbytes, numel, register, shape_of
 
 
@@ -62,6 +63,7 @@ def check(op: str, x: Tensor) -> None:
         raise ShapeError(f"{op}: x has shape {shape_of(x)}, needs an even last dimension (value and gate halves)")
 
 
+@public
 def geglu(x: Tensor) -> Tensor:
     """GEGLU (Shazeer 2020, equation 6 without the matrices): x[..., :D] * gelu(x[..., D:]), gelu with erf.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ._faults import public
 from ._op import Case, Cost, Op, accumulator, register
 from ._q8 import RESULT, Codes, cost_of, empty_codes, encode, ends, torch_encode
 from .geglu import cases as plain_cases
@@ -39,6 +40,7 @@ def cases() -> Iterator[Case]:
 _call = register(Op("geglu_q8", "(Tensor x)" + RESULT, reference, fake, cases, cost, peer, cpu_only=True))
 
 
+@public
 def geglu_q8(x: Tensor) -> Codes:
     """uint8 codes of y = geglu(x), which is never in memory itself.
 

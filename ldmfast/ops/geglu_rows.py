@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import quantize_rowwise as rowwise
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, register
 from ._q8 import ROW_RESULT, cost_of
 from .geglu import cases as plain_cases
@@ -49,6 +50,7 @@ _call = register(Op("geglu_rows", "(Tensor x, bool fp8)" + ROW_RESULT, reference
                     gpu_only=True))
 
 
+@public
 def geglu_rows(x: Tensor, *, fp8: bool = False) -> rowwise.RowCodes:
     """8-bit codes of y = geglu(x), which is never in memory itself, with one scale a row.
 

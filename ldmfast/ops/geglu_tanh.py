@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ._faults import public
 from ._op import Case, Op, accumulator, register
 from .geglu import check, cost, fake, gated_cases
 
@@ -30,6 +31,7 @@ def cases() -> Iterator[Case]:
 _call = register(Op("geglu_tanh", "(Tensor x) -> Tensor", reference, fake, cases, cost, peer))
 
 
+@public
 def geglu_tanh(x: Tensor) -> Tensor:
     """GEGLU (Shazeer 2020, equation 6 without the matrices) with GELU's tanh approximation (Hendrycks and Gimpel 2016,
     section 2): x[..., :D] * gelu(x[..., D:]). T5 v1.1's feed-forward, with [wi_1, wi_0] as one projection.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, memory_format, nbytes, register, shape_of
 
 
@@ -108,6 +109,7 @@ def check(op: str, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tens
         raise ShapeError(f"{op}: shift has shape {shape_of(shift)}, needs ({shape[0]}, {c})")
 
 
+@public
 def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
                     eps: float = 1e-5, *, shift: Tensor | None = None, silu: bool = True) -> Tensor:
     """GroupNorm(x + shift), then SiLU: y * sigmoid(y) (Wu and He 2018, equation 1; ResBlock of DDPM).

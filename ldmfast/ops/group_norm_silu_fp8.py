@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, memory_format, register, shape_of
 from .group_norm_silu import cases as plain_cases
 from .group_norm_silu import check
@@ -65,6 +66,7 @@ _call = register(Op("group_norm_silu_fp8", "(Tensor x, Tensor? shift, int num_gr
                     "float eps, bool silu, Tensor scale) -> Tensor", reference, fake, cases, cost, peer, gpu_only=True))
 
 
+@public
 def group_norm_silu_fp8(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
                         eps: float = 1e-5, *, scale: Tensor, shift: Tensor | None = None, silu: bool = True) -> Tensor:
     """e4m3 codes of y = group_norm_silu(x, ...), which is never in memory itself: y is about q * scale.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ._faults import public
 from ._op import Case, Cost, Op, accumulator, register
 from ._q8 import RESULT, Codes, check_pad, code_format, cost_of, empty_image_codes, encode, ends, torch_encode, with_pad
 from .group_norm_silu import cases as plain_cases
@@ -53,6 +54,7 @@ _call = register(Op("group_norm_silu_q8", "(Tensor x, Tensor? shift, int num_gro
                     "float eps, bool silu, int pad)" + RESULT, reference, fake, cases, cost, peer, cpu_only=True))
 
 
+@public
 def group_norm_silu_q8(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
                        eps: float = 1e-5, *, shift: Tensor | None = None, silu: bool = True, pad: int = 0) -> Codes:
     """uint8 codes of y = group_norm_silu(x, ...), which is never in memory itself: y is about (q - zero_point) * scale.

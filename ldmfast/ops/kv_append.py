@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError, LdmfastError, ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, case, nbytes, register, shape_of
 
 
@@ -102,6 +103,11 @@ def checked_positions(op: str, positions: Tensor, batch: int, like: Tensor) -> T
     return shaped
 
 
+def _one_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+@public
 def kv_append(cache: Tensor, new: Tensor, positions: Tensor, *, ring: bool = False) -> None:
     """Writes new tokens into a cache: cache[b, positions[b, t]] = new[b, t].
 
@@ -133,6 +139,6 @@ def kv_append(cache: Tensor, new: Tensor, positions: Tensor, *, ring: bool = Fal
     if ring and new.shape[1] > cache.shape[1]:
         raise ShapeError(f"kv_append: {new.shape[1]} new tokens go round a ring of {cache.shape[1]} more than once; "
                          "append its last ones only")
-    if new.numel() and new.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr():
+    if torch.compiler.is_compiling() or (new.numel() and _one_storage(cache, new)):  # a tracer has no addresses
         new = new.clone()  # rows are written one after another
     _call(cache, new, place, ring)

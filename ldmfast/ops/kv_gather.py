@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError, ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, case, nbytes, register, shape_of
 from .kv_append import checked_positions, rows_at
 
@@ -78,6 +79,7 @@ _call = register(Op("kv_gather", "(Tensor cache, Tensor positions, Tensor? sourc
                     fake, cases, cost, peer))
 
 
+@public
 def kv_gather(cache: Tensor, positions: Tensor, source: Tensor | None = None, *, ring: bool = False) -> Tensor:
     """Tokens of a cache: out[b, t] = cache[source[b], positions[b, t]].
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from ..errors import ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, nbytes, numel, register, shape_of
 
 
@@ -108,6 +109,7 @@ def condition(op: str, name: str, p: Tensor | None, x: Tensor) -> Tensor | None:
                      f"{(*lead, 1, c)} or ({c},) for x of shape {shape_of(x)}")
 
 
+@public
 def layer_norm_modulate(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
                         weight: Tensor | None = None, bias: Tensor | None = None,
                         eps: float = 1e-5) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ._faults import public
 from ._op import Case, Cost, Op, accumulator, register, shape_of
 from ._q8 import RESULT, Codes, cost_of, empty_codes, encode, ends, torch_encode
 from .layer_norm_modulate import cases as plain_cases
@@ -44,6 +45,7 @@ _call = register(Op("layer_norm_modulate_q8", "(Tensor x, Tensor? scale, Tensor?
                     "Tensor? bias, float eps)" + RESULT, reference, fake, cases, cost, peer, cpu_only=True))
 
 
+@public
 def layer_norm_modulate_q8(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
                            weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Codes:
     """uint8 codes of y = layer_norm_modulate(x, ...), which is never in memory itself.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import quantize_rowwise as rowwise
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, register
 from ._q8 import ROW_RESULT, cost_of
 from .layer_norm_modulate import cases as plain_cases
@@ -53,6 +54,7 @@ _call = register(Op("layer_norm_modulate_rows", "(Tensor x, Tensor? scale, Tenso
                     gpu_only=True))
 
 
+@public
 def layer_norm_modulate_rows(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
                              weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
                              fp8: bool = False) -> rowwise.RowCodes:

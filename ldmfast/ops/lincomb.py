@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import DeviceError, LdmfastError, ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, memory_format, nbytes, register, shape_of
 
 
@@ -70,6 +72,7 @@ _call = register(Op("lincomb", "(Tensor table, Tensor? row, Tensor[] inputs) -> 
                     reference, fake, cases, cost, peer))
 
 
+@public
 def lincomb(table: Tensor, row: Tensor | int, inputs: Sequence[Tensor]) -> Tensor:
     """sum_j table[row, j] * inputs[j], the solver step of every coefficient table (docs/decisions.md).
 
@@ -100,4 +103,4 @@ def lincomb(table: Tensor, row: Tensor | int, inputs: Sequence[Tensor]) -> Tenso
         return _call(table, row, inputs)
     if not -1 < row < table.shape[0]:
         raise LdmfastError(f"lincomb: row {row} is not in the table's 0..{table.shape[0] - 1}")
-    return _call(table.narrow(0, row, 1), None, inputs)
+    return _call(table.narrow(0, operator.index(row), 1), None, inputs)

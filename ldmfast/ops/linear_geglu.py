@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, nbytes, register, shape_of
 from .geglu import peer as torch_geglu
 from .geglu import reference as plain_geglu
@@ -89,6 +90,7 @@ def check(op: str, x: Tensor, weight: Tensor, dtype: torch.dtype, bias: Tensor |
         raise ShapeError(f"{op}: bias has shape {shape_of(bias)}, needs ({2 * out_features},)")
 
 
+@public
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_features: int) -> Tensor:
     """GEGLU of y = x W^T + bias, y[..., :D] * gelu(y[..., D:]) (Shazeer 2020, equation 6), with fp32 sums; y itself is
     never in memory.

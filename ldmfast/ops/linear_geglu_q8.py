@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, case, nbytes, register
 from .conv2d_q8 import check_codes, check_products, draw_codes, dtype_of
 from .geglu import peer as torch_geglu
@@ -73,6 +74,7 @@ _call = register(Op("linear_geglu_q8", "(Tensor q, Tensor scale, Tensor zero_poi
                     cases, cost, peer, cpu_only=True))
 
 
+@public
 def linear_geglu_q8(q: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor,
                     weight_sums: Tensor, bias: Tensor | None = None, *, out_features: int) -> Tensor:
     """linear_geglu of (q - zero_point) scale with w weight_scale; the products are summed exactly, in integers.

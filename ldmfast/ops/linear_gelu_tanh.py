@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, nbytes, register, shape_of
 from .pack_weight import image_weight, packed_shape, peer_weight
 from .pack_weight import reference as pack
@@ -80,6 +81,7 @@ def check(op: str, x: Tensor, weight: Tensor, dtype: torch.dtype, bias: Tensor |
         raise ShapeError(f"{op}: bias has shape {shape_of(bias)}, needs ({out_features},)")
 
 
+@public
 def linear_gelu_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_features: int) -> Tensor:
     """gelu(x W^T + bias) with GELU's tanh form (Hendrycks and Gimpel 2016, section 2) and fp32 sums: the first layer of
     a diffusion transformer's MLP.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, case, nbytes, register
 from .conv2d_q8 import check_codes, check_products, draw_codes, draw_weight, dtype_of
 from .linear_gelu_tanh import check, gelu_tanh, linear_weight
@@ -69,6 +70,7 @@ _call = register(Op("linear_gelu_tanh_q8", "(Tensor q, Tensor scale, Tensor zero
                     cases, cost, peer, cpu_only=True))
 
 
+@public
 def linear_gelu_tanh_q8(q: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor,
                         weight_sums: Tensor, bias: Tensor | None = None, *, out_features: int) -> Tensor:
     """linear_gelu_tanh of (q - zero_point) scale with w weight_scale; the products are summed exactly, in integers.

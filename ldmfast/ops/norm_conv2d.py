@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, case, register
 from .conv2d import check, check_residual, out_shape, out_size
 from .conv2d import cost as conv_cost
@@ -89,6 +90,7 @@ _call = register(Op("norm_conv2d", "(Tensor x, Tensor? shift, int num_groups, Te
                     cpu_only=True))
 
 
+@public
 def norm_conv2d(x: Tensor, num_groups: int, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
                 weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *, out_channels: int,
                 shift: Tensor | None = None, silu: bool = True, kernel: int = 3, stride: int = 1,

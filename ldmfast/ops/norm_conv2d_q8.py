@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, register, shape_of
 from .conv2d import check, check_residual, out_shape, out_size
 from .conv2d_q8 import check_products, check_weight_codes, draw_weight
@@ -84,6 +85,7 @@ _call = register(Op("norm_conv2d_q8", "(Tensor x, Tensor? shift, int num_groups,
                     reference, fake, cases, cost, peer, cpu_only=True))
 
 
+@public
 def norm_conv2d_q8(x: Tensor, num_groups: int, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
                    weight: Tensor, weight_scale: Tensor, weight_sums: Tensor, bias: Tensor | None = None,
                    residual: Tensor | None = None, *, out_channels: int, shift: Tensor | None = None,

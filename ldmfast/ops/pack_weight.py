@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ShapeError
+from ._faults import public
 from ._op import Case, Cost, Op, case, nbytes, numel, register, shape_of
 
 TILE, OUTPUTS = 16, 32  # outputs of a tile, and of a panel of two
@@ -87,6 +88,7 @@ def cases() -> Iterator[Case]:
 _call = register(Op("pack_weight", "(Tensor weight) -> Tensor", reference, fake, cases, cost, peer, cpu_only=True))
 
 
+@public
 def pack_weight(weight: Tensor) -> Tensor:
     """A weight (outputs, channels) or (outputs, channels, kernel, kernel), floating or int8, in our products' order.
 

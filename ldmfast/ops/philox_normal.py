@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LdmfastError, ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, case, place, register, shape_of
 
 BLOCK = 256  # threads of a block of torch's kernels that draw
@@ -93,6 +94,7 @@ _call = register(Op("philox_normal", "(Tensor state, int count, int threads) -> 
                     peer))
 
 
+@public
 def philox_normal(state: Tensor, count: int, *, threads: int = 132 * 2048) -> Tensor:
     """What ``torch.randn(count, device="cuda", generator=g)`` draws for each (seed, offset) of g: Philox4x32-10 (Salmon
     et al. 2011) and Box-Muller as cuRAND has them, thread i of torch's kernel drawing numbers i, i + S, ... of its own

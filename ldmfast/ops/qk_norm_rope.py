@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from ..errors import LdmfastError, ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, nbytes, register, shape_of
 
 
@@ -146,6 +147,7 @@ def _table(name: str, table: Tensor, qkv: Tensor, tokens: int) -> Tensor:
     return table if table.dtype == dtype and table.is_contiguous() else table.to(dtype).contiguous()
 
 
+@public
 def qk_norm_rope(qkv: Tensor, context: Tensor | None = None, *, q_weight: Tensor | None = None,
                  k_weight: Tensor | None = None, context_q_weight: Tensor | None = None,
                  context_k_weight: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,

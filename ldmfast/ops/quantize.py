@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ._faults import public
 from ._op import Case, Cost, Op, accumulator, case, nbytes, register
 from ._q8 import RESULT, Codes, check_pad, code_format, empty_image_codes, encode, ends, torch_encode, with_pad
 
@@ -58,6 +59,7 @@ def cases() -> Iterator[Case]:
 _call = register(Op("quantize", "(Tensor x, int pad)" + RESULT, reference, fake, cases, cost, peer, cpu_only=True))
 
 
+@public
 def quantize(x: Tensor, *, pad: int = 0) -> Codes:
     """uint8 codes of x with one scale for the whole tensor: x is about (q - zero_point) * scale.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, nbytes, register
 from ._q8 import ROW_RESULT
 
@@ -78,6 +79,7 @@ def cases() -> Iterator[Case]:
 _call = register(Op("quantize_rowwise", "(Tensor x, bool fp8)" + ROW_RESULT, reference, fake, cases, cost, peer))
 
 
+@public
 def quantize_rowwise(x: Tensor, *, fp8: bool = False) -> RowCodes:
     """8-bit codes of x with one scale a row: x is about q * scale[..., None]. For the weights of int8 products, for
     torch._int_mm, and with fp8 for torch._scaled_mm.

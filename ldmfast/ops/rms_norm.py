@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ._faults import public
 from ._op import Case, Cost, Draw, Op, accumulator, case, nbytes, register, shape_of
 
 
@@ -61,6 +62,7 @@ def cases() -> Iterator[Case]:
 _call = register(Op("rms_norm", "(Tensor x, Tensor? weight, float eps) -> Tensor", reference, fake, cases, cost, peer))
 
 
+@public
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """RMSNorm (Zhang and Sennrich 2019, equation 4): x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ._faults import public
 from ._op import Case, Op, accumulator, register
 from .geglu import check, cost, fake, gated_cases
 
@@ -28,6 +29,7 @@ def cases() -> Iterator[Case]:
 _call = register(Op("swiglu", "(Tensor x) -> Tensor", reference, fake, cases, cost, peer))
 
 
+@public
 def swiglu(x: Tensor) -> Tensor:
     """SwiGLU (Shazeer 2020, equation 6 without the matrices): x[..., :D] * silu(x[..., D:]), the order of diffusers.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..errors import ShapeError
+from ._faults import public
 from ._op import Case, Cost, Op, case, memory_format, nbytes, register, shape_of
 
 
@@ -50,6 +51,7 @@ def cases() -> Iterator[Case]:
 _call = register(Op("upsample2x", "(Tensor x) -> Tensor", reference, fake, cases, cost, peer))
 
 
+@public
 def upsample2x(x: Tensor) -> Tensor:
     """Nearest-neighbour upsampling by two: out[n, c, i, j] = x[n, c, i // 2, j // 2].
 
