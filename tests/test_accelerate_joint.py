@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import accelerate_models as make
@@ -79,3 +80,34 @@ def test_changed_blocks_run_diffusers_own_forward(kind, native_calls):
     theirs.transformer_blocks[0].ff.net[2].weight.mul_(1.5)
     torch.testing.assert_close(ours(**given).sample, theirs(**given).sample, rtol=0, atol=1e-4)
     assert native_calls
+
+
+@torch.no_grad()
+def test_a_cache_of_diffusers_is_honoured_and_fast_again_when_disabled(native_calls):
+    """diffusers leaves its empty registry of hooks in the blocks: after disable_cache all calls fell back for good."""
+    from diffusers import FirstBlockCacheConfig
+
+    theirs = make.flux()
+    ours = ldmfast.accelerate(copy.deepcopy(theirs))
+    given = make.joint_inputs(theirs)
+    first = ours(**given).sample
+    for times in (1, 2):  # the registry of the first time is there when the second cache comes
+        for model in (ours, theirs):
+            model.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+        with pytest.warns(UserWarning, match="cache") if times == 1 else contextlib.nullcontext():
+            pairs = [[model(**given | {"hidden_states": given["hidden_states"] * x}).sample for x in (1, 2)]
+                     for model in (_in_context(ours), _in_context(theirs))]
+        assert torch.equal(torch.stack(pairs[0]), torch.stack(pairs[1])) and len(native_calls) == times
+        for model in (ours, theirs):
+            model.disable_cache()
+        assert torch.equal(ours(**given).sample, first) and len(native_calls) == times + 1
+
+
+def _in_context(model):
+    """diffusers' caches keep their state for each branch of guidance, which a pipeline names."""
+
+    def call(**given):
+        with model.cache_context("cond"):
+            return model(**given)
+
+    return call

@@ -83,7 +83,13 @@ def _changed(path: str, now: dict[str, Any], then: dict[str, Any]) -> str | None
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in vars(module).items() if k not in _INTERNAL and k not in _HARMLESS}
+    return {k: v for k, v in vars(module).items()
+            if k not in _INTERNAL and k not in _HARMLESS and not _empty_registry(k, v)}
+
+
+def _empty_registry(key: str, value: Any) -> bool:
+    """diffusers' registry stays in a module when the last hook is taken out (``disable_cache``)."""
+    return key == "_diffusers_hook" and not getattr(value, "hooks", True)
 
 
 def _plain(processor: Any, kinds: frozenset[str]) -> bool:
