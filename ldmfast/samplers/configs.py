@@ -138,7 +138,8 @@ def read_config(config: Mapping[str, Any], solver: str | None) -> Schedule:
     if name not in SOLVER_TO_CLASS:
         from .registry import find_solver
         find_solver(name)
-    target = SOLVER_TO_CLASS.get(name, "DPMSolverMultistepScheduler")  # diffusers has no evodiff: its grid is this one's
+    # diffusers has no evodiff, whose grid is DPM-Solver's
+    target = SOLVER_TO_CLASS.get(name, "DPMSolverMultistepScheduler")
     defaults = CLASS_DEFAULTS[target]
     given = _given(config, own_class)
     values = {key: given.get(key, default) for key, default in defaults.items()}

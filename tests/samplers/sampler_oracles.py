@@ -104,9 +104,11 @@ def unfold(table: StepTable, x: Tensor, predict: Callable[[Tensor, float, int], 
         if table.needs_noise[i]:
             assert noise is not None
             states["noise"] = noise[i]
-        if table.clip is not None:
+        if not table.linear:
             raw = sum(float(c) * states[k] for k, c in zip(table.columns, table.x0_rows[i]))
-            states["x0"] = table.clip(raw)
+            states["x0"] = table.clip(raw) if table.clip is not None else raw
+        if table.adapts:
+            states.update(table.adapts[i](states))
         new = [sum(float(c) * states[k] for k, c in zip(table.columns, row)) for row in table.matrices[i]]
         states.update(zip(slots, new))
         out.append(states["x"])
