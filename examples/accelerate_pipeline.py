@@ -13,9 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 
 import ldmfast
+
+try:
+    from diffusers import StableDiffusionPipeline
+except ModuleNotFoundError as error:
+    raise SystemExit("this example compares with diffusers: pip install diffusers") from error
 
 PROMPT = "a red circle above a blue square"
 

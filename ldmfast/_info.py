@@ -22,7 +22,7 @@ class Info(dict[str, Any]):
         lines += [f"note    {note}" for note in self["notes"]]
         devices = ["cpu", "cuda"] if self["cuda"] else ["cpu"]
         for op, live in sorted(self["ops"].items()):
-            lines.append(f"  {op:22s}" + "  ".join(f"{device}: {live[device]}" for device in devices))
+            lines.append(f"  {op:26s}" + "  ".join(f"{device}: {live[device]}" for device in devices))
         return "\n".join(lines)
 
 

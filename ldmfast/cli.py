@@ -58,7 +58,8 @@ TUNE_STEPS_EXAMPLES = """Examples:
 
 
 def _fail(error: Exception) -> None:
-    typer.echo(f"ldmfast: {error}", err=True)
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    typer.echo(f"ldmfast: {text}", err=True)
     raise typer.Exit(2)
 
 
@@ -82,7 +83,7 @@ def _picture(path: Path | None) -> Any:
     try:
         with Image.open(path) as image:
             return image.copy()
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL says of broken files
         raise LdmfastError(f"{path}: not a readable picture ({error})") from error
 
 
@@ -157,7 +158,7 @@ def generate(
                           solver=solver, progress=not quiet, settings=tuned, **sources)
         done = time.perf_counter()
         files = result.save(out)
-    except LdmfastError as error:
+    except (LdmfastError, OSError) as error:
         _fail(error)
         return
     for file, made in zip(files, result.settings):
@@ -177,6 +178,8 @@ def _check_out(out: Path) -> None:
         raise LdmfastError(f"--out {out} does not end in .png: the settings are kept in PNG metadata")
     if not out.parent.is_dir():
         raise LdmfastError(f"folder {out.parent} does not exist: create it or choose another --out")
+    if out.is_dir():
+        raise LdmfastError(f"--out {out} is a folder: give the name of a PNG in it")
 
 
 def _repeat(png: Path, model: str | None, device: str, image: Path | None, mask: Path | None, quiet: bool) -> Any:
@@ -198,7 +201,7 @@ def inspect(
 
     try:
         typer.echo(str(report(path)))
-    except LdmfastError as error:
+    except (LdmfastError, OSError) as error:
         _fail(error)
 
 
@@ -226,7 +229,7 @@ def quantize(
         texts = PROMPTS if prompts is None else _lines(prompts)
         found = calibrate(model, prompts=texts, steps=steps, least=LEAST if least is None else least, variant=variant,
                           progress=not quiet)
-    except LdmfastError as error:
+    except (LdmfastError, OSError) as error:
         _fail(error)
         return
     if report:
@@ -266,7 +269,7 @@ def convert(
     try:
         left_out = run(source, target, dtype=dtype, variant=variant, prediction_type=prediction_type,
                        progress=not quiet)
-    except LdmfastError as error:
+    except (LdmfastError, OSError) as error:
         _fail(error)
         return
     files = [target] if target.is_file() else [f for f in target.rglob("*") if f.is_file()]
@@ -302,7 +305,7 @@ def tune_steps(
                                iterations=iterations, progress=None if quiet else tell,
                                **({} if guidance is None else {"guidance_scale": guidance}))
         grid.save(out)
-    except LdmfastError as error:
+    except (LdmfastError, OSError) as error:
         _fail(error)
         return
     typer.echo(f"{out}: {grid.evaluations} evaluations of {grid.solver}, latent error {grid.error:.4f} "

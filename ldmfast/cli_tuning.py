@@ -82,7 +82,7 @@ def certify(
         typer.echo(str(report))
         for file in report.save(out) if out is not None else ():
             typer.echo(f"written to {file}")
-    except LdmfastError as error:
+    except (LdmfastError, OSError) as error:
         _fail(error)
 
 
@@ -119,7 +119,7 @@ def tune(
             typer.echo(line)
         if pipe.tuned["file"] is not None:
             typer.echo(f"written to {pipe.tuned['file']}")
-    except LdmfastError as error:
+    except (LdmfastError, OSError) as error:
         _fail(error)
 
 

@@ -48,6 +48,10 @@ def test_generate_then_repeat_from_the_png(tmp_path):
     (("generate", "--from-png", "none.png"), "none.png"),
     (("generate", "x", "--from-png", "none.png"), "prompt"),
     (("inspect", "nowhere"), "nowhere"),
+    (("inspect", "x" * 300), "File name too long"),
+    (("generate", "a \udcff"), "half a character"),
+    (("generate", "x", "--steps", "1", "--out", "/proc/a.png"), "/proc/a.png: cannot be written"),
+    (("generate", "x", "--model", "sd15"), "sd15: does not exist"),
 ])
 def test_refusals_are_one_line_and_exit_2(tmp_path, words, said):
     done = ldmfast(*words, cwd=tmp_path)

@@ -24,3 +24,11 @@ def test_python_example_runs(tmp_path, monkeypatch):
 
     with Image.open(tmp_path / "circle.png") as image:
         assert image.size == (64, 64) and len(set(image.getdata())) > 50
+
+
+def test_every_solver_is_listed():
+    """tcd was added to the registry and not to the README."""
+    from ldmfast.samplers.registry import SOLVERS
+
+    listed = re.search(r"\nSolvers: `([^`]*)`", README.read_text()).group(1).split()
+    assert sorted(listed) == sorted(SOLVERS)

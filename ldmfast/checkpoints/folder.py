@@ -34,6 +34,8 @@ class Folder(Parts):
     def __init__(self, path: str | os.PathLike[str], variant: str | None = None):
         self.path = Path(path)
         self.variant = variant
+        if not os.path.exists(self.path):
+            raise CheckpointError(f"{self.path}: does not exist; give a diffusers folder or a weights file")
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: is not a folder; give a diffusers folder, or open a single file with "
                                   "from_single_file")

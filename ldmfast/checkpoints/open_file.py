@@ -38,6 +38,7 @@ def open_file(path: Path) -> WeightFile:
     A pickle under the name of a format that holds none is refused, whatever is in it. Raises CheckpointError.
     """
     try:
+        safetensors.check_regular(path)
         with path.open("rb") as file:
             start = file.read(512)
     except OSError as error:

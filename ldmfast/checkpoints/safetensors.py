@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
@@ -66,6 +67,12 @@ class Header:
     data: int = 0
 
 
+def check_regular(path: Path) -> None:
+    """Raises CheckpointError for a pipe, a socket or a device: to open one may wait for ever, to read it never ends."""
+    if not (stat.S_ISREG(mode := path.stat().st_mode) or stat.S_ISDIR(mode)):
+        raise CheckpointError(f"{path}: is a pipe, a socket or a device; give a file on a disk")
+
+
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Reads and checks the header of a .safetensors file; no tensor data is read.
 
@@ -75,6 +82,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     path = Path(path)
     try:
+        check_regular(path)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(path, file, size)

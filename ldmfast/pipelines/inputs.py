@@ -12,6 +12,9 @@ from PIL import Image
 
 from ..errors import LdmfastError, ShapeError
 
+LARGEST = 2**24  # pixels a side; more, and sizes in bytes leave 64 bits before memory runs out
+_FARTHEST = 2.0  # of a picture's numbers; beyond it they are counted to 255 and not to 1
+MOST = 2**16  # pictures: each has a generator of 5 KB
 GeneratorLike = torch.Generator | int | Sequence[torch.Generator | int] | None
 
 
@@ -65,6 +68,8 @@ def _seed_of(generator: torch.Generator) -> int | None:
 
 def random_source(generator: GeneratorLike, pictures: int) -> RandomSource:
     """An int seeds picture i with ``generator + i``; None draws that int from torch's global generator."""
+    if pictures > MOST:
+        raise ShapeError(f"{pictures} pictures in one call: ask for {MOST} at most, and call several times")
     if generator is None:
         generator = int(torch.randint(2**48, ()))
     if isinstance(generator, torch.Generator):
@@ -83,7 +88,7 @@ def random_source(generator: GeneratorLike, pictures: int) -> RandomSource:
         if isinstance(g, torch.Generator):
             items.append(g)
             numbers.append(_seed_of(g))
-        elif isinstance(g, (int, np.integer)):
+        elif isinstance(g, (int, np.integer)) and not isinstance(g, bool):
             items.append(_seeded(int(g)))
             numbers.append(int(g))
         else:
@@ -99,28 +104,54 @@ def check_lists(a: dict[str, Any], names: Sequence[str] = ("timesteps", "sigmas"
             continue
         try:
             a[name] = [float(v) for v in value]
-        except (TypeError, ValueError) as error:
-            raise LdmfastError(f"{name}={value!r} is not a list of numbers") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise LdmfastError(f"{name}={shown(value)} is not a list of numbers") from error
 
 
-def check_inputs_of_callback(names: Any) -> None:
-    """diffusers' callback_on_step_end_tensor_inputs. Raises LdmfastError unless it names the latents alone."""
+def check_callback(callback: Any, names: Any) -> None:
+    """callback_on_step_end, and diffusers' callback_on_step_end_tensor_inputs. Raises LdmfastError for what cannot be
+    called, and unless the latents alone are named."""
+    if callback is not None and not callable(callback):
+        raise LdmfastError(f"callback_on_step_end is a {type(callback).__name__}: give a function of (call, step, "
+                           "timestep, tensors)")
     if not isinstance(names, (list, tuple)) or list(names) != ["latents"]:
         raise LdmfastError("callback_on_step_end_tensor_inputs: only ['latents'] is offered")
+
+
+def shown(value: Any) -> str:
+    """A value in a message of one line."""
+    return " ".join(repr(value).split())[:80]
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
     for name, value in (("height", height), ("width", width)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise ShapeError(f"{name}={value!r} is not a whole number of pixels")
+            raise ShapeError(f"{name}={shown(value)} is not a whole number of pixels")
+        if value > LARGEST:
+            raise ShapeError(f"{name}={value} is beyond any memory: use {LARGEST} pixels at most")
         if value < multiple or value % multiple:
             low = max(multiple, value // multiple * multiple)
             choice = f"{low}" if value < multiple else f"{low} or {low + multiple}"
             raise ShapeError(f"{name}={value} is not a positive multiple of {multiple}: use {choice}")
 
 
+def _check_image(image: Any, what: str) -> None:
+    """Raises ShapeError for what has no pixels or is no picture, LdmfastError for what is no numbers."""
+    pil = isinstance(image, Image.Image)
+    shape = (*image.size[::-1], 3) if pil else tuple(image.shape)
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise ShapeError(f"{what} has shape {shape}: give height and width, and 1 or 3 channels, none of them 0")
+    if isinstance(image, np.ndarray) and image.dtype.kind not in "fiub":
+        raise LdmfastError(f"{what} is an array of {image.dtype}: give uint8, or floating numbers in [0, 1]")
+    if isinstance(image, torch.Tensor) and (image.is_complex() or image.is_meta or image.layout != torch.strided):
+        raise LdmfastError(f"{what} is a {image.dtype} tensor on {image.device}, {image.layout}: give real numbers in "
+                           "memory")
+
+
 def _one_image(image: Any, what: str) -> torch.Tensor:
     """PIL, (H, W, C) array in [0, 1] or uint8, or (C, H, W) tensor -> (C, H, W) float, not yet normalised."""
+    if isinstance(image, (Image.Image, np.ndarray, torch.Tensor)):
+        _check_image(image, what)
     if isinstance(image, Image.Image):
         array = np.asarray(image.convert("L" if what == "mask_image" else "RGB"), dtype=np.float32) / 255
         return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
@@ -150,6 +181,7 @@ def image_size(image: Any, multiple: int) -> tuple[int, int]:
     """(height, width) of the first picture, rounded down to ``multiple``."""
     first = _as_list(image)[0]
     if isinstance(first, Image.Image):
+        _check_image(first, "image")
         width, height = first.size
     else:
         height, width = _one_image(first, "image").shape[-2:]
@@ -158,9 +190,12 @@ def image_size(image: Any, multiple: int) -> tuple[int, int]:
 
 def _resized(image: Any, height: int, width: int, what: str) -> torch.Tensor:
     if isinstance(image, Image.Image) and image.size != (width, height):
+        _check_image(image, what)
         image = image.convert("L" if what == "mask_image" else "RGB")
         image = image.resize((width, height), resample=Image.Resampling.LANCZOS)
     tensor = _one_image(image, what)
+    if what == "image" and (top := float(tensor.abs().max())) > _FARTHEST:
+        raise LdmfastError(f"image reaches {top:g}: give uint8, or numbers in [0, 1]")
     if tuple(tensor.shape[-2:]) != (height, width):
         tensor = torch.nn.functional.interpolate(tensor[None], size=(height, width))[0]
     if not bool(torch.isfinite(tensor).all()):

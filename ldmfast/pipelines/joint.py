@@ -20,7 +20,7 @@ from ..guidance import repeatable as all_plain
 from ..guidance.settle import check_suits, settle
 from ..samplers import StepTable
 from .guided import Guided
-from .inputs import RandomSource, check_inputs_of_callback, check_lists, check_size, random_source
+from .inputs import RandomSource, check_callback, check_lists, check_size, random_source
 from .lora import active, check_active, fused_settings, settings_of
 from .output import PipelineOutput, to_output
 from .pipeline import Pipeline
@@ -132,7 +132,7 @@ class JointPipeline(Pipeline):
         or asked for. table: of a size in pixels. more: guidance that other arguments say."""
         if a["output_type"] not in OUTPUT_TYPES:
             raise LdmfastError(f"output_type={a['output_type']!r} is unknown: use one of {', '.join(OUTPUT_TYPES)}")
-        check_inputs_of_callback(a["callback_on_step_end_tensor_inputs"])
+        check_callback(a["callback_on_step_end"], a["callback_on_step_end_tensor_inputs"])
         check_lists(a)
         if a.get("clip_skip") is not None:
             whole("clip_skip", a["clip_skip"], 0)

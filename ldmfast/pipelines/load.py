@@ -178,7 +178,7 @@ def read_defaults(folder: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(file.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error})") from error
     allowed = {"num_inference_steps", "guidance_scale", "solver"}
     if not isinstance(values, dict) or not values.keys() <= allowed:

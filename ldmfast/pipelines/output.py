@@ -81,8 +81,11 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], settings: dict[st
     info = PngImagePlugin.PngInfo()
     if settings is not None:
         info.add_itxt(_KEY, json.dumps(settings, sort_keys=True, ensure_ascii=False, default=_plain))
-    with replacing(target) as file:
-        image.save(file, format="PNG", pnginfo=info)
+    try:
+        with replacing(target) as file:
+            image.save(file, format="PNG", pnginfo=info)
+    except OSError as error:
+        raise LdmfastError(f"{target}: cannot be written ({error.strerror or error}); give another path") from error
 
 
 @contextmanager
@@ -108,13 +111,13 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             text = image.info.get(_KEY) if image.format == "PNG" else None
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL says of broken files
         raise LdmfastError(f"{path}: not a readable picture ({error})") from error
     if text is None:
         raise LdmfastError(f"{path}: carries no ldmfast settings; only PNGs written by ldmfast do")
     try:
         settings = json.loads(text)
-    except ValueError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise LdmfastError(f"{path}: its ldmfast settings are damaged ({error})") from error
     if not isinstance(settings, dict):
         raise LdmfastError(f"{path}: its ldmfast settings are damaged (not a table)")

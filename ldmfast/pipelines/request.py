@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,15 @@ from ..loras import Choice
 from ..models import DiT, PixArt
 from ..samplers import StepTable, TimeGrid, make_table
 from .aspect_ratio import trained_size
-from .inputs import RandomSource, check_inputs_of_callback, check_lists, check_size, image_size, random_source
+from .inputs import (
+    RandomSource,
+    check_callback,
+    check_lists,
+    check_size,
+    image_size,
+    random_source,
+    shown,
+)
 from .lora import choices
 from .prompt_weights import weigh
 from .t5_text import T5Encoder, check_limit
@@ -85,7 +94,7 @@ class Request:
         mode = _mode(pipe, a["image"], a["mask_image"])
         if a["output_type"] not in OUTPUT_TYPES:
             raise LdmfastError(f"output_type={a['output_type']!r} is unknown: use one of {', '.join(OUTPUT_TYPES)}")
-        check_inputs_of_callback(a["callback_on_step_end_tensor_inputs"])
+        check_callback(a["callback_on_step_end"], a["callback_on_step_end_tensor_inputs"])
         check_lists(a)
         if a.get("clip_skip") is not None:
             whole("clip_skip", a["clip_skip"], 0)
@@ -130,8 +139,10 @@ class Request:
             mask_image=a["mask_image"], strength=strength, solver=_solver(pipe, a), table=table,
             output_type=a["output_type"], clip_skip=a["clip_skip"], prompt_weighting=bool(a["prompt_weighting"]),
             class_labels=_class_labels(pipe, a["class_labels"], pictures), loras=choices(pipe, a["loras"], pictures),
-            original_size=a["original_size"] or size, crops_coords_top_left=tuple(a["crops_coords_top_left"]),
-            target_size=a["target_size"] or size, callback=a["callback_on_step_end"], progress=bool(a["progress"]),
+            original_size=pair("original_size", a["original_size"] or size),
+            crops_coords_top_left=pair("crops_coords_top_left", a["crops_coords_top_left"]),
+            target_size=pair("target_size", a["target_size"] or size),
+            callback=a["callback_on_step_end"], progress=bool(a["progress"]),
             cache=check_cache(a["cache"], pipe.unet, table.network_times.tolist()),
             guidance=check_guidance(a["guidance"]), plan=plan, grid=a["grid"],
         )
@@ -146,18 +157,30 @@ def _config(pipe: Pipeline, key: str) -> Any:
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
-        raise LdmfastError(f"{name}={value!r} is not a whole number of at least {least}")
-    return int(value)
+    try:
+        found = least - 1 if isinstance(value, bool) else operator.index(value)
+    except (TypeError, ValueError):  # arrays have __index__, and raise in it
+        found = least - 1
+    if found < least:
+        raise LdmfastError(f"{name}={shown(value)} is not a whole number of at least {least}")
+    return found
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise LdmfastError(f"{name}={shown(value)} is not a pair of whole numbers, height or top first")
+    first, second = (whole(name, v, 0) for v in value)
+    return first, second
 
 
 def number(name: str, value: Any) -> float:
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         found = math.nan
     if not math.isfinite(found) or (found < 0 and name != "guidance_scale"):
-        raise LdmfastError(f"{name}={value!r} is not a finite number" + (" >= 0" if name != "guidance_scale" else ""))
+        least = "" if name == "guidance_scale" else " >= 0"
+        raise LdmfastError(f"{name}={shown(value)} is not a finite number{least}")
     return found
 
 
@@ -196,6 +219,9 @@ def texts_of(name: str, value: Any) -> list[str]:
         raise LdmfastError(f"{name} is a {type(value).__name__}: give a text or a list of texts")
     if not texts:
         raise ShapeError(f"{name} is an empty list: give at least one text")
+    for text in texts:
+        if broken := [c for c in text if "\ud800" <= c <= "\udfff"]:
+            raise LdmfastError(f"{name} holds {broken[0]!r}, half a character: the text was read in a wrong encoding")
     return list(texts)
 
 
@@ -298,7 +324,7 @@ def _size(pipe: Pipeline, a: dict[str, Any], mode: str) -> tuple[int, int]:
         default_h, default_w = (int(s) * factor for s in pair)
     height = default_h if a["height"] is None else a["height"]
     width = default_w if a["width"] is None else a["width"]
-    check_size(height, width, 1)
+    check_size(height, width, 1 if a["use_resolution_binning"] and isinstance(pipe.unet, PixArt) else multiple)
     return int(height), int(width)
 
 
@@ -315,6 +341,9 @@ def _check_latents(pipe: Pipeline, latents: Any, pictures: int, height: int, wid
     if not isinstance(latents, torch.Tensor) or tuple(latents.shape) != wanted:
         shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
         raise ShapeError(f"latents are {shape} where this call needs {wanted}")
+    if latents.is_complex() or latents.is_meta or latents.layout != torch.strided:
+        raise LdmfastError(f"latents are a {latents.dtype} tensor on {latents.device}, {latents.layout}: give real "
+                           "numbers in memory")
     if not bool(torch.isfinite(latents).all()):
         raise LdmfastError("latents hold NaN or infinite values: check how they were made")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -64,7 +65,7 @@ def fits_memory(request: Request) -> Iterator[None]:
         with reused_memory():
             yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search("allocate memory|overflow", str(error)):
             raise
         raise ShapeError(f"{request.pictures} pictures of {request.width}x{request.height} do not fit into memory: "
                          "ask for fewer or smaller ones, or call enable_vae_tiling()") from error

@@ -71,7 +71,7 @@ class Plan:
             ranges = tuple(Range(float("inf") if r["below"] is None else float(r["below"]),
                                  frozenset(str(name) for name in r["kept"])) for r in value["ranges"])
             sqnr = value["sqnr"] and {str(k): tuple(float(x) for x in v) for k, v in value["sqnr"].items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"the int8 plan is damaged ({type(error).__name__}: {error}); write it again with "
                                   "'ldmfast quantize'") from error
         ends = [r.below for r in ranges]

@@ -59,7 +59,7 @@ class TimeGrid:
             where = str(value)
             try:
                 value = json.loads(Path(value).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise LdmfastError(f"{where}: not a readable time grid ({error}); write one with "
                                    "`ldmfast tune-steps`") from error
         if not isinstance(value, Mapping) or not {"solver", "sigmas", "network_times"} <= set(value) <= set(_FIELDS):

@@ -166,7 +166,7 @@ class Settings:
             row["promise"] = None if row["promise"] is None else Promise(**row["promise"])
             row["notes"] = tuple(row["notes"])
             return cls(**row)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise LdmfastError(f"{where}: holds no settings of this version of ldmfast ({error})") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ldmfast.checkpoints import inspect
 from ldmfast.checkpoints import safetensors as reader
+from ldmfast.checkpoints.open_file import open_file
 from ldmfast.errors import CheckpointError
 
 TENSORS = {
@@ -217,7 +220,9 @@ _MEASURE = """
 import json, sys
 from itertools import chain
 from pathlib import Path
+from ldmfast.checkpoints import inspect
 from ldmfast.checkpoints import safetensors as reader
+from ldmfast.checkpoints.open_file import open_file
 from ldmfast.errors import CheckpointError
 
 folder = Path(sys.argv[1])
@@ -277,3 +282,12 @@ def test_rejecting_costs_little_memory(tmp_path: Path) -> None:
     grown = {line.split()[0]: int(line.split()[1]) for line in resident.fresh(_MEASURE, tmp_path).splitlines()}
     print({k: f"{v / resident.MIB:.1f} MiB" for k, v in grown.items()})
     assert len(grown) == 9 and max(grown.values()) <= 32 * resident.MIB, grown
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    """Opening one without a writer never returned."""
+    pipe = tmp_path / "model.safetensors"
+    os.mkfifo(pipe)
+    for call in (reader.read_header, open_file, inspect):
+        with pytest.raises(CheckpointError, match="is a pipe, a socket or a device"):
+            call(pipe)

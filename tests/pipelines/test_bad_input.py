@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ldmfast
 from ldmfast import CheckpointError, DeviceError, LdmfastError, PrecisionError, ShapeError
@@ -50,6 +51,28 @@ BAD_CALLS = {
     "far too large": ({"height": 8 * 10**12}, ShapeError, "8000000000000.*memory"),
     "no pictures": ({"num_images_per_prompt": 0}, LdmfastError, "num_images_per_prompt=0"),
     "prompt and embeddings": ({"prompt_embeds": torch.zeros(1, 77, 32)}, LdmfastError, "both"),
+    "half a character": ({"prompt": "a \udcff"}, LdmfastError, r"prompt holds '\\udcff', half a character"),
+    "height beyond 64 bits": ({"height": 8 * 10**30}, ShapeError, "height=8.* beyond any memory"),
+    "height negative": ({"height": -8}, ShapeError, "height=-8 is not a positive multiple of 8: use 8"),
+    "scale beyond a float": ({"guidance_scale": 10**400}, LdmfastError, "guidance_scale=1000.* finite"),
+    "two scales": ({"guidance_scale": torch.ones(2)}, LdmfastError, "guidance_scale=.*not a finite number"),
+    "two numbers of steps": ({"num_inference_steps": np.array([1, 2])}, LdmfastError, "not a whole number"),
+    "table of timesteps": ({"timesteps": np.ones((2, 2))}, LdmfastError, "not a list of numbers"),
+    "timestep beyond a float": ({"timesteps": [10**400]}, LdmfastError, "not a list of numbers"),
+    "a billion pictures": ({"num_images_per_prompt": 10**9}, ShapeError, "1000000000 pictures.*65536 at most"),
+    "generators hold a truth value": ({"generator": [True]}, LdmfastError, "holds a bool"),
+    "sizes no pair": ({"original_size": 64}, LdmfastError, "original_size=64 is not a pair"),
+    "crops of none": ({"crops_coords_top_left": None}, LdmfastError, "crops_coords_top_left=None is not a pair"),
+    "target a fraction": ({"target_size": (64, 0.5)}, LdmfastError, "target_size=0.5 is not a whole number"),
+    "callback no function": ({"callback_on_step_end": 5}, LdmfastError, "callback_on_step_end is a int"),
+    "latents nowhere": ({"latents": torch.zeros(1, 4, 8, 8, device="meta")}, LdmfastError, "latents are .* on meta"),
+    "latents complex": ({"latents": NAN.nan_to_num() + 0j}, LdmfastError, "latents are a torch.complex64"),
+    "image of one dimension": ({"image": np.zeros(64)}, ShapeError, r"image has shape \(64,\)"),
+    "image without pixels": ({"image": np.zeros((0, 0, 3))}, ShapeError, r"image has shape \(0, 0, 3\)"),
+    "picture without pixels": ({"image": Image.new("RGB", (64, 0))}, ShapeError, r"image has shape \(0, 64, 3\)"),
+    "image of words": ({"image": np.full((8, 8, 3), "a")}, LdmfastError, "image is an array of <U1"),
+    "image nowhere": ({"image": torch.zeros(3, 8, 8, device="meta")}, LdmfastError, "image is a .* on meta"),
+    "image counted to 255": ({"image": np.full((64, 64, 3), 200.0)}, LdmfastError, "reaches 200: give uint8"),
     "callback tensors": ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, LdmfastError, "latents"),
 }
 
