@@ -110,7 +110,7 @@ def test_joint_transformers_keep_text_and_picture(name, tmp_path):
 STOPS, BOTH = CFG(start=0.2, stop=0.7), [CFG(start=0.5), Compose(prompts=["a white wall"], scales=[2.0])]
 INTERVALS = [  # guidance, solver, and captures so far
     (STOPS, "dpmpp_2m", 2), (STOPS, "heun", 4), (CFG(sigmas=(0.5, 3.0)), "dpmpp_2m", 4),
-    (CFG(stop=0.4, schedule="linear"), "heun", 4),
+    (CFG(stop=0.8, schedule="linear"), "heun", 4),
     (BOTH, "dpmpp_2m", 5),  # the other prompt is against the negative one, which is thus needed everywhere
     (CFG(), "dpmpp_2m", 6)]
 
