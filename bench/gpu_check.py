@@ -21,7 +21,9 @@ from ops import conditions, result_path, to_device
 from torch import Tensor
 
 import ldmfast
+from ldmfast.caches import DeepCache, TaylorSeer, TGate
 from ldmfast.engine import CudaGraphs, Engine, Graphs, RecordedGraphs
+from ldmfast.guidance import CFG
 from ldmfast.models.rowwise import FORMS, RowwiseWeight
 from ldmfast.ops import ROWS, quantize_rowwise
 
@@ -108,14 +110,15 @@ def check_linears(device: str) -> list[dict[str, Any]]:
 
 
 def check_engine(device: str) -> dict[str, Any]:
-    """The shipped model through graphs and eagerly: the largest difference of pixels, over solvers and sizes. On a GPU
-    the kernels are the same, so it should be 0."""
+    """The shipped model through graphs and eagerly: the largest difference of pixels, over solvers, sizes, caches and
+    guidance in an interval. On a GPU the kernels are the same, so it should be 0."""
     pipe = ldmfast.Pipeline.tiny(device=device, precision="bf16" if device == "cuda" else "exact")
     graphs: Graphs = CudaGraphs(pipe.device) if device == "cuda" else RecordedGraphs()
     engine, worst = Engine(graphs), 0.0
-    for solver, size in (("dpmpp_2m", 64), ("euler_a", 96), ("dpmpp_2m", 64)):
-        call = {"solver": solver, "height": size, "width": size, "num_inference_steps": 4, "generator": 3,
-                "output_type": "pt", "progress": False}
+    for change in ({}, {"solver": "euler_a", "height": 96}, {}, {"cache": DeepCache(interval=2)},
+                   {"cache": TaylorSeer(interval=2, order=2)}, {"cache": TGate(gate=2)}, {"guidance": CFG(stop=0.5)}):
+        call = {"solver": "dpmpp_2m", "height": 64, "width": 64, "num_inference_steps": 5, "generator": 3,
+                "output_type": "pt", "progress": False, **change}
         pictures = []
         for used in (None, engine):
             pipe.engine = used

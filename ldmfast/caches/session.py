@@ -129,6 +129,14 @@ class Session:
         """What the guards among the policies have counted."""
         return [use for judge in self._judges.values() if (use := judge.use()) is not None]
 
+    def holds(self) -> tuple[Any, ...]:
+        """What of the policies decides the shapes of what is held, and where the network is cut."""
+        return (self.branch, *((k, p.held, p.int8, p.vector) for k, p in sorted(self._policy.items())))
+
+    def deciding(self) -> str:
+        """The policies that decide during the call, by what the network computes; empty where all is known ahead."""
+        return " and ".join(type(self._policy[kind]).__name__ for kind in self._judges)
+
     # ---- the network's side
 
     def value(self, kind: str, place: Hashable, compute: Callable[[], Any]) -> Any:
@@ -232,10 +240,12 @@ class Session:
         if base is None and weights == [1.0]:
             return newest
         values = [newest, *(self.store.get(kind, place, i) for i in range(1, len(weights)))]
-        return tuple(None if parts[0] is None else self._combine(steps[:len(weights)], weights, base, parts)
+        held = steps[:len(weights)]
+        return tuple(None if parts[0] is None else self._combine((kind, place), held, weights, base, parts)
                      for parts in zip(*values))
 
-    def _combine(self, steps: tuple[int, ...], weights: list[float], base: Tensor | None, parts: Any) -> Tensor:
+    def _combine(self, where: tuple[str, Hashable], steps: tuple[int, ...], weights: list[float], base: Tensor | None,
+                 parts: Any) -> Tensor:
         inputs = [*parts] if base is None else [base, *parts]
         key = (steps, self.step, base is None)
         if len(weights) == 1:

@@ -44,7 +44,16 @@ class _Plain:
         return _Plain(function(self.x))
 
 
-_Held = tuple[_Rows | _Plain | None, ...]
+Held = tuple[_Rows | _Plain | None, ...]  # a Value as it is held
+
+
+def hold(value: Iterable[Tensor | None], int8: bool) -> Held:
+    return tuple(None if x is None else (_Rows if int8 else _Plain)(x) for x in value)
+
+
+def size(held: Held) -> int:
+    """In bytes."""
+    return sum(x.nbytes for x in held if x is not None)
 
 
 class Store:
@@ -54,16 +63,16 @@ class Store:
     """
 
     def __init__(self) -> None:
-        self._values: dict[tuple[str, Hashable], list[tuple[int, _Held]]] = {}
+        self._values: dict[tuple[str, Hashable], list[tuple[int, Held]]] = {}
         self.bytes = self.peak = 0
 
     def put(self, kind: str, place: Hashable, step: int, value: Iterable[Tensor | None], most: int, int8: bool) -> None:
-        held: _Held = tuple(None if x is None else (_Rows if int8 else _Plain)(x) for x in value)
+        held = hold(value, int8)
         row = self._values.setdefault((kind, place), [])
         for _, old in row[most - 1:]:
-            self.bytes -= _size(old)
+            self.bytes -= size(old)
         row[:] = [(step, held), *row[: most - 1]]
-        self.bytes += _size(held)
+        self.bytes += size(held)
         self.peak = max(self.peak, self.bytes)
 
     def steps(self, kind: str, place: Hashable) -> tuple[int, ...]:
@@ -75,16 +84,12 @@ class Store:
 
     def drop(self, kind: str) -> None:
         for key in [k for k in self._values if k[0] == kind]:
-            self.bytes -= sum(_size(held) for _, held in self._values.pop(key))
+            self.bytes -= sum(size(held) for _, held in self._values.pop(key))
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> None:
         """Replaces every tensor by function(kind, tensor)."""
         for (kind, _), row in self._values.items():
             for i, (step, held) in enumerate(row):
-                self.bytes -= _size(held)
+                self.bytes -= size(held)
                 row[i] = step, tuple(None if x is None else x.map(partial(function, kind)) for x in held)
-                self.bytes += _size(row[i][1])
-
-
-def _size(held: _Held) -> int:
-    return sum(x.nbytes for x in held if x is not None)
+                self.bytes += size(row[i][1])

@@ -4,7 +4,8 @@
     pipe.engine = None                                                               # every call eager from now on
 
 A graph belongs to a shape: pictures, height, width, guidance, precision. A new shape costs one eager step and its
-capture; then a step is one launch, whatever solver, number of steps, guidance scale, seed or prompt.
+capture; then a step is one launch, whatever solver, number of steps, guidance scale, seed or prompt. Where a cache or
+the interval of a guidance leaves something out at some of the steps, each kind of step is a graph of its own.
 """
 
 from __future__ import annotations

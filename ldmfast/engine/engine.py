@@ -56,7 +56,8 @@ class _Entry:
 
 
 class Engine:
-    """Recorded loops and decoders of one pipeline, the least recently used of more than ``limit`` let go.
+    """Recorded loops and decoders of one pipeline, the least recently used of more than ``limit`` let go; a loop keeps
+    a graph for each kind of its stages, which differ where a cache or the interval of a guidance says so.
 
     A call takes the engine for itself from its first stage to its last, because the buffers are the engine's; calls of
     several threads come one after another. What cannot be recorded runs eagerly: the methods return None, having
@@ -72,8 +73,9 @@ class Engine:
         self._told: set[str] = set()
 
     def __len__(self) -> int:
-        """Graphs kept."""
-        return sum(not isinstance(e.work, str) for e in self._entries.values())
+        """Graphs kept: a decoder is one, a loop has one for each kind of its stages."""
+        works = [e.work for e in self._entries.values()]
+        return sum(len(w.kinds) if isinstance(w, Loop) else 1 for w in works if not isinstance(w, str))
 
     def sample(self, denoiser: Denoiser, x: Tensor, *, table: StepTable, generator: Generators = None,
                callback: StepCallback | None = None, before_stage: Callable[[], None] | None = None) -> Tensor | None:
@@ -81,15 +83,13 @@ class Engine:
         The callback gets a copy of x, and what it writes there counts if it returns it."""
         reason = _refusal(denoiser, table)
         if reason:
-            self._tell(reason)
+            self.tell(reason)
             return None
-
-        def run(work: Loop) -> Tensor:
-            work.load(denoiser, x, table)
-            return work.run(table, noise_source(generator, x), callback, before_stage)
-
+        draw = noise_source(generator, x)
         return self._run(denoiser.unet, ("loop", key(denoiser, x, table)),
-                         lambda unet: Loop(denoiser, unet, x, table, self.graphs), run)
+                         lambda unet: Loop(denoiser, unet, x, table, self.graphs),
+                         lambda loop: loop.run(denoiser, table, draw, callback, before_stage),
+                         lambda loop: loop.prepare(denoiser, x, table))
 
     def call(self, module: nn.Module, name: Hashable, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
         """function(x), which is a method of ``module`` and depends on nothing but x and ``name``; or None."""
@@ -97,15 +97,16 @@ class Engine:
                          lambda work: work(x))
 
     def _run(self, module: nn.Module, key: Hashable, record: Callable[[nn.Module], Any],
-             run: Callable[[Any], Tensor]) -> Tensor | None:
+             run: Callable[[Any], Tensor], prepare: Callable[[Any], None] | None = None) -> Tensor | None:
+        """prepare: of a call, before anything of it runs; it may record more."""
         with self._alone() as free:
             if not free:
-                self._tell("a callback called the pipeline while its own call was running")
+                self.tell("a callback called the pipeline while its own call was running")
                 return None
             with torch.inference_mode(), self.graphs.order():
-                work = self._work(module, key, record)
+                work = self._work(module, key, record, prepare)
                 if isinstance(work, str):
-                    self._tell(work)
+                    self.tell(work)
                     return None
                 out = run(work)
         if out.is_cuda:  # allocated in the engine's order, used and let go in the caller's
@@ -120,7 +121,8 @@ class Engine:
             self._forget(list(self._entries))
             self._watches.clear()
 
-    def _work(self, module: nn.Module, key: Hashable, record: Callable[[nn.Module], Any]) -> Loop | Function | str:
+    def _work(self, module: nn.Module, key: Hashable, record: Callable[[nn.Module], Any],
+              prepare: Callable[[Any], None] | None) -> Loop | Function | str:
         who = identity(module)
         key, module = (key, who), self._owned(module, who)
         watch = self._watches.get(id(module))
@@ -136,6 +138,12 @@ class Engine:
             self._entries[key] = _Entry(module, who, self._record(partial(record, module)))
             used = {id(e.module) for e in self._entries.values()}  # a watch holds its module, with all its weights
             self._watches = {i: w for i, w in self._watches.items() if i in used}
+        work = self._entries[key].work
+        if prepare is not None and not isinstance(work, str):
+            failed = self._record(partial(prepare, work))
+            if failed is not None:
+                self._forget([k for k in self._entries if k == key])
+                self._entries[key] = _Entry(module, who, failed)
         self._entries.move_to_end(key)
         return self._entries[key].work
 
@@ -175,19 +183,26 @@ class Engine:
             finally:
                 self._owner = None
 
-    def _tell(self, reason: str) -> None:
+    def tell(self, reason: str) -> None:
+        """Warns, once, that a call runs eagerly."""
         if reason not in self._told:
             self._told.add(reason)
             warnings.warn(f"ldmfast: runs eagerly, without CUDA graphs: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def _refusal(denoiser: Denoiser, table: StepTable) -> str:
-    if any(isinstance(s, TransformerState) and s.rows is None for s in denoiser.states):
+    states = [s for some in denoiser.forwards for forward in some for s in forward.states]
+    sessions = [s for s in denoiser.sessions if s is not None]
+    if any(isinstance(s, TransformerState) and s.rows is None for s in states):
         return "the modulations of all steps would not fit into their share of the memory"
     if denoiser.plan.unsteady:
         return denoiser.plan.unsteady
-    if any(s is not None for s in denoiser.sessions):
-        return "the call has a cache, whose steps are not one graph"
+    if any(len(some) != 1 for some in denoiser.forwards):
+        return "its guidance needs no forward, or several, at some of the steps"
+    if any(s.deciding() for s in sessions):
+        return f"the cache {sessions[0].deciding()} decides at every step by a number that is read on the host"
+    if sessions and len({some[0] for some in denoiser.forwards}) > 1:
+        return "the call has a cache, and guidance that does not do the same at every step"
     if table.clip is not None:
         return f"{table.solver} clips the predicted picture, which is not linear"
     if table.adapts:

@@ -58,6 +58,11 @@ def room(state: Any, rows: int) -> Any:
                    last=next(timed), prompts=prompts, prompt_bias=bias, at=None)
 
 
+def with_cache(step: Any, cache: Any) -> Any:
+    """The part of a state for one evaluation, with the cache that the network asks."""
+    return step._replace(cache=cache) if hasattr(step, "_replace") else replace(step, cache=cache)
+
+
 def fill(kept: Any, given: Any) -> None:
     """A call's numbers into the buffers."""
     for buffer, values in zip(by_time(kept), by_time(given)):

@@ -238,7 +238,7 @@ class Plan:
 
     @property
     def unsteady(self) -> str:
-        """Why not every evaluation does the same with one forward of the plain network; empty if it does."""
+        """Why not every evaluation is one forward of the plain network, weighed by the table; empty if it is."""
         if any(b.skip for b in self.branches):
             return "skip-layer guidance evaluates another network at some of the steps"
         if any(b.source is not None for b in self.branches):
@@ -249,8 +249,8 @@ class Plan:
             return "its guidance changes the attention inside the network"
         if self.curved:
             return f"{type(self.curved[0]).__name__} is not linear"
-        if not self.reads.all() or (self.rescale and (self.weights != self.weights[:1]).any()):
-            return "its guidance does not do the same at every step"
+        if self.rescale and not (self.reads.all() and (self.weights == self.weights[:1]).all()):
+            return "its guidance is rescaled, and does not do the same at every step"
         return ""
 
     def table(self) -> StepTable:

@@ -12,7 +12,7 @@ import torch
 
 from ..caches import Policy
 from ..errors import PrecisionError
-from ..guidance import Plan
+from ..guidance import Branch, Plan
 from .guided import Guided
 from .lora import Cast
 
@@ -106,17 +106,19 @@ class Denoiser(Guided):
         super().__init__(plan, [unet for unet, _ in groups], [_index(rows, device) for _, rows in groups], times,
                          prepare, cache)
 
-    def row(self, t: float) -> int:
-        """The number of a timestep in the states."""
-        return int(self.states[0].numbers[float(t)])
+    def row(self, t: float, stage: int) -> int:
+        """The number of a timestep in the states of its forward, where there is one."""
+        return int(self.forwards[stage][0].states[0].numbers[float(t)])
 
     def __call__(self, x: torch.Tensor, t: float, stage: int) -> Any:
         return self.evaluate(x, self.shown(x, self.extra), t, stage)
 
-    def predict(self, x: torch.Tensor, extra: torch.Tensor | None, networks: Sequence[Network]) -> Any:
-        """Of a steady plan. networks: the UNet of each group of pictures, its time and conditions filled in."""
-        outs = self.batch(self.shown(x, extra), self.branches, networks)
-        return self.plan.outputs(dict(zip(self.plan.branches, outs)), 0, x, {})
+    def predict(self, x: torch.Tensor, extra: torch.Tensor | None, branches: Sequence[Branch],
+                networks: Sequence[Network]) -> Any:
+        """Of a steady plan, and its forward of these branches. networks: the UNet of each group of pictures, its
+        time and conditions filled in."""
+        outs = self.batch(self.shown(x, extra), len(branches), networks)
+        return self.plan.outputs(dict(zip(branches, outs)), 0, x, {})
 
     def shown(self, x: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
         return (x if extra is None else torch.cat([x, extra.to(x.dtype)], dim=1)).to(self.dtype)

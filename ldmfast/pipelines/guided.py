@@ -58,13 +58,9 @@ class Guided:
         for t, branches in zip(times, active):
             for some in together(branches):
                 shared.setdefault(some, []).append(self._time(some[0].source, float(t)))
-        if not shared:
-            shared = {some: [] for some in together(plan.branches)}
         made = {some: self._forward(some, list(dict.fromkeys(own)), prepare, len(times))
                 for some, own in shared.items()}
         self.forwards = [[made[some] for some in together(branches)] for branches in active]
-        first = next(iter(made.values()))
-        self.branches, self.states = len(first.branches), first.states
         self._last: Forward | None = None
 
     def restart(self) -> None:

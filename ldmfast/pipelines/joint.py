@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import __version__
 from ..caches import CacheReport, Policy, check_cache, from_settings, repeatable
 from ..errors import LdmfastError, ShapeError
-from ..guidance import EXTRA, Guidance, Plan, check_guidance
+from ..guidance import EXTRA, Branch, Guidance, Plan, check_guidance
 from ..guidance import Call as Steps
 from ..guidance import from_settings as guidance_from
 from ..guidance import repeatable as all_plain
@@ -344,17 +344,19 @@ class JointDenoiser(Guided):
     def network_time(self, t: float) -> float:
         return self.pipe.network_time(t)
 
-    def row(self, t: float) -> int:
-        """The number of a timestep in the states."""
-        return int(self.states[0].numbers[self.network_time(float(t))])
+    def row(self, t: float, stage: int) -> int:
+        """The number of a timestep in the states of its forward, where there is one."""
+        return int(self.forwards[stage][0].states[0].numbers[self.network_time(float(t))])
 
     def shown(self, x: Tensor, extra: Tensor | None) -> Tensor:
         return x if extra is None else torch.cat([x, extra.to(x)], dim=-1)
 
-    def predict(self, x: Tensor, extra: Tensor | None, networks: Sequence[Callable[[Tensor], Tensor]]) -> Any:
-        """Of a steady plan. networks: that of each group of pictures, its time and conditions filled in."""
-        outs = self.batch(self.shown(x, extra), self.branches, networks)
-        return self.plan.outputs(dict(zip(self.plan.branches, outs)), 0, x, {})
+    def predict(self, x: Tensor, extra: Tensor | None, branches: Sequence[Branch],
+                networks: Sequence[Callable[[Tensor], Tensor]]) -> Any:
+        """Of a steady plan, and its forward of these branches. networks: that of each group of pictures, its time
+        and conditions filled in."""
+        outs = self.batch(self.shown(x, extra), len(branches), networks)
+        return self.plan.outputs(dict(zip(branches, outs)), 0, x, {})
 
 
 def number_of_steps(pipe: Pipeline, a: dict[str, Any]) -> int:

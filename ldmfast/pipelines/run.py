@@ -249,6 +249,8 @@ def sample_latents(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torc
         table, generator, out = request.table, request.random.argument, None
         parallel = next((p for p in request.cache if isinstance(p, ParaStep)), None)
         if parallel is not None:
+            if pipe.engine is not None:
+                pipe.engine.tell("ParaStep takes the steps in an order of its own")
             out = parallel.sample(unless_cancelled, x, table=table, generator=generator, callback=on_step,
                                   before_stage=stop_if_cancelled)
         elif pipe.engine is not None:

@@ -96,10 +96,10 @@ def test_threads_share_no_features(tiny) -> None:
 
 def test_the_engine_says_that_it_steps_aside(tiny) -> None:
     pipe = ldmfast.Pipeline.tiny()
-    expected = pipe(PROMPTS[0], **CALL, cache=DeepCache()).images
+    expected = pipe(PROMPTS[0], **CALL, cache=TeaCache()).images
     pipe.engine = Engine(RecordedGraphs())
-    with pytest.warns(RuntimeWarning, match="runs eagerly.*the call has a cache"):
-        assert torch.equal(pipe(PROMPTS[0], **CALL, cache=DeepCache()).images, expected)
+    with pytest.warns(RuntimeWarning, match="runs eagerly.*the cache TeaCache decides at every step"):
+        assert torch.equal(pipe(PROMPTS[0], **CALL, cache=TeaCache()).images, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe(PROMPTS[0], **CALL)  # and the next call without one is recorded

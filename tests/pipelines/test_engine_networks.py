@@ -82,7 +82,8 @@ def test_named_reasons_of_transformers(tmp_path, monkeypatch):
         out = call(pipe, engine, **options, **skipping)
     assert torch.equal(out, call(pipe, None, **options, **skipping))
     large = TransformerState({0.0: 0}, None, None, torch.zeros(1, 2, 1, 8))
-    denoiser = type("Denoiser", (), {"states": [large]})()
+    forward = type("Forward", (), {"states": [large]})()
+    denoiser = type("Denoiser", (), {"forwards": [[forward]], "sessions": []})()
     with pytest.warns(RuntimeWarning, match="modulations of all steps would not fit"):
         assert engine.sample(denoiser, torch.zeros(1), table=None) is None
 
