@@ -73,7 +73,7 @@ def rows_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sums_of_rows(values: Tensor) -> Tensor:
-    """Of each output's int8 values, int32. On a CPU as a product with ones: torch's integer sums take 50 times as long."""
+    """Of each output's int8 values, int32. On a CPU by a product with ones: torch sums integers 50 times as slowly."""
     rows = values.flatten(1)
     if rows.device.type != "cpu" or rows.numel() == 0:
         return rows.sum(1).int()
