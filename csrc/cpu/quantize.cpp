@@ -17,7 +17,7 @@ void run(const T* x, int64_t n, const Image& image, const Codes& codes) {
       for (int64_t i = end; i-- > begin;)  // backwards: what was read last is still in the cache
         read_row(x + i * kPart, size(i), Encoded<T>{q + i * kPart, coder});
     });
-  } else {
+  } else if (n > 0) {  // lines of no pixels have no place, and image.at divides by their width
     const int64_t columns = image.w * image.c;
     parallel_for(0, image.n * image.h, grain(columns), [&](int64_t begin, int64_t end) {
       for (int64_t i = end; i-- > begin;)

@@ -49,6 +49,7 @@ def _plain() -> Iterator[Case]:
     yield case("sliced", "view", make(2, 3, 5, 7, layout="slice"))
     yield case("no_batch", "empty", make(0, 8, 4, 4, layout=cl))
     yield case("no_pixels", "empty", make(2, 8, 0, 4))
+    yield case("lines_without_pixels", "empty", make(2, 8, 4, 0, layout=cl))
     yield case("no_channels", "empty", make(2, 0, 3, 3))
 
 
