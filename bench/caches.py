@@ -83,6 +83,7 @@ def settings(ratios: list[float]) -> dict[str, tuple[str, Caches]]:
         "TaylorSeer output, 6 placed": ("exact", SIX),
         "5 placed + 2 shallow": ("exact", MIXED),
         "int8": ("int8", None),
+        "int8 + TaylorSeer output 2": ("int8", TaylorSeer(interval=2, on="output")),
         "int8 + TaylorSeer output 3": ("int8", TaylorSeer(interval=3, on="output")),
         "int8 + 6 placed": ("int8", SIX),
         "int8 + 5 placed + 2 shallow": ("int8", MIXED),
