@@ -18,10 +18,10 @@ from ..caches import Policy
 from ..errors import LdmfastError
 from ..guidance import Guidance
 from ..samplers import StepTable, TimeGrid, make_table
-from .inputs import GeneratorLike, prepare_image, prepare_mask, repeat_to
+from .inputs import GeneratorLike, number, prepare_image, prepare_mask, repeat_to
 from .joint import JointPipeline, JointRequest, number_of_steps, scale_of
 from .output import PipelineOutput
-from .request import grid_of, number
+from .request import grid_of
 from .run import encode
 from .text import PromptEmbeds, tokenize
 

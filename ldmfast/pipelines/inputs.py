@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -235,3 +237,43 @@ def repeat_to(x: torch.Tensor, pictures: int, what: str) -> torch.Tensor:
     if x.shape[0] == 0 or pictures % x.shape[0]:
         raise ShapeError(f"{x.shape[0]} {what} were given for {pictures} pictures: give 1 or {pictures}")
     return x.repeat(pictures // x.shape[0], *[1] * (x.ndim - 1))
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    try:
+        found = least - 1 if isinstance(value, bool) else operator.index(value)
+    except (TypeError, ValueError):  # arrays have __index__, and raise in it
+        found = least - 1
+    if found < least:
+        raise LdmfastError(f"{name}={shown(value)} is not a whole number of at least {least}")
+    return found
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise LdmfastError(f"{name}={shown(value)} is not a pair of whole numbers, height or top first")
+    first, second = (whole(name, v, 0) for v in value)
+    return first, second
+
+
+def number(name: str, value: Any) -> float:
+    try:
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found) or (found < 0 and name != "guidance_scale"):
+        least = "" if name == "guidance_scale" else " >= 0"
+        raise LdmfastError(f"{name}={shown(value)} is not a finite number{least}")
+    return found
+
+
+def texts_of(name: str, value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
+        raise LdmfastError(f"{name} is a {type(value).__name__}: give a text or a list of texts")
+    if not texts:
+        raise ShapeError(f"{name} is an empty list: give at least one text")
+    for text in texts:
+        if broken := [c for c in text if "\ud800" <= c <= "\udfff"]:
+            raise LdmfastError(f"{name} holds {broken[0]!r}, half a character: the text was read in a wrong encoding")
+    return list(texts)

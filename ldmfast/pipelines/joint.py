@@ -20,12 +20,12 @@ from ..guidance import repeatable as all_plain
 from ..guidance.settle import check_suits, settle
 from ..samplers import StepTable
 from .guided import Guided
-from .inputs import RandomSource, check_callback, check_lists, check_size, random_source
+from .inputs import RandomSource, check_callback, check_lists, check_size, number, random_source, texts_of, whole
 from .lora import active, check_active, fused_settings, settings_of
 from .output import PipelineOutput, to_output
 from .pipeline import Pipeline
 from .repeat import check_settings
-from .request import OUTPUT_TYPES, needs_uncond, number, texts_of, whole
+from .request import OUTPUT_TYPES, needs_uncond
 from .run import decode, explain_not_finite, fits_memory, sample_latents
 from .t5_text import T5Encoder, check_limit
 from .text import PromptEmbeds, TextEncoder

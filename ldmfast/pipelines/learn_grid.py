@@ -14,8 +14,8 @@ from ..guidance import check_guidance
 from ..samplers import StepTable, TimeGrid, sample
 from ..samplers import learn_grid as learn
 from ..samplers.sample import Denoiser
+from .inputs import texts_of, whole
 from .open_call import OpenCall, open_call
-from .request import texts_of, whole
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,8 +23,11 @@ from .inputs import (
     check_lists,
     check_size,
     image_size,
+    number,
+    pair,
     random_source,
-    shown,
+    texts_of,
+    whole,
 )
 from .lora import choices
 from .prompt_weights import weigh
@@ -156,34 +157,6 @@ def _config(pipe: Pipeline, key: str) -> Any:
     return getattr(pipe.unet.config, key, None)
 
 
-def whole(name: str, value: Any, least: int) -> int:
-    try:
-        found = least - 1 if isinstance(value, bool) else operator.index(value)
-    except (TypeError, ValueError):  # arrays have __index__, and raise in it
-        found = least - 1
-    if found < least:
-        raise LdmfastError(f"{name}={shown(value)} is not a whole number of at least {least}")
-    return found
-
-
-def pair(name: str, value: Any) -> tuple[int, int]:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise LdmfastError(f"{name}={shown(value)} is not a pair of whole numbers, height or top first")
-    first, second = (whole(name, v, 0) for v in value)
-    return first, second
-
-
-def number(name: str, value: Any) -> float:
-    try:
-        found = float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        found = math.nan
-    if not math.isfinite(found) or (found < 0 and name != "guidance_scale"):
-        least = "" if name == "guidance_scale" else " >= 0"
-        raise LdmfastError(f"{name}={shown(value)} is not a finite number{least}")
-    return found
-
-
 def _mode(pipe: Pipeline, image: Any, mask: Any) -> str:
     channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if mask is not None and image is None:
@@ -211,18 +184,6 @@ def grid_of(pipe: Pipeline, a: dict[str, Any]) -> TimeGrid | None:
         raise LdmfastError(f"grid: network_times from {min(grid.network_times):g} to {max(grid.network_times):g} leave "
                            f"the schedule's 0 to {latest}")
     return grid
-
-
-def texts_of(name: str, value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
-        raise LdmfastError(f"{name} is a {type(value).__name__}: give a text or a list of texts")
-    if not texts:
-        raise ShapeError(f"{name} is an empty list: give at least one text")
-    for text in texts:
-        if broken := [c for c in text if "\ud800" <= c <= "\udfff"]:
-            raise LdmfastError(f"{name} holds {broken[0]!r}, half a character: the text was read in a wrong encoding")
-    return list(texts)
 
 
 def _prompts(pipe: Pipeline, a: dict[str, Any], guided: bool) -> tuple[list[str] | None, list[str] | None, int]:

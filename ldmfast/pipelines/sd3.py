@@ -14,10 +14,10 @@ from ..caches import Policy
 from ..errors import LdmfastError
 from ..guidance import Guidance, SkipLayer
 from ..samplers import StepTable, TimeGrid, make_table
-from .inputs import GeneratorLike
+from .inputs import GeneratorLike, number
 from .joint import JointPipeline, number_of_steps, scale_of
 from .output import PipelineOutput
-from .request import grid_of, number
+from .request import grid_of
 from .text import PromptEmbeds, encode_prompts
 
 if TYPE_CHECKING:

@@ -142,18 +142,20 @@ def guard_limit(measure: Measure, learnt: Candidate) -> float | None:
     return math.sqrt(measure.squared(measure.limit)) / top if ratios and 0 < top < math.inf else None
 
 
-def run(measure: Measure, turn: Turn, test: Turn, first: Sequence[Candidate],
+def run(measure: Measure, brief: Turn, turn: Turn, test: Turn, first: Sequence[Candidate],
         later: Callable[[list[Candidate]], list[Candidate]], calibration: Sequence[Sequence[int]],
         held_out: Sequence[Sequence[int]]) -> tuple[Candidate | None, list[Candidate]]:
     """The chosen candidate, tested on held-out prompts, and all that were measured on calibration prompts.
 
     first: single changes, all drawn for the first part of the calibration turns. later: combinations, made from what
     these showed. Both then compete over the other turns, where only half goes on after each (successive halving:
-    Karnin et al. 2013). turn draws while the time of the search lasts, test on held-out prompts while any is left."""
+    Karnin et al. 2013). turn draws while the time of the search lasts, brief for a part of it, so that single changes
+    leave some for combinations; only their first turn is made whole. test draws on held-out prompts while any is left.
+    """
     half = max(1, len(calibration) // 2)
     alive = list(first)
-    for part in calibration[:half]:
-        if not turn(alive, part):
+    for number, part in enumerate(calibration[:half]):
+        if not (brief if number else turn)(alive, part):
             break
     measured = [c for c in alive if c.values]
     alive = [*later(measured), *survivors(measure, measured, 8)]

@@ -85,14 +85,17 @@ def combinations(measure: Measure, reference: Settings, measured: Sequence[Candi
     found += combine(measure, solvers, even, _joined, 3)
     for c in sorted(cached, key=lambda c: -c.speed):
         (policy,) = c.settings.cache
-        if len(found) >= COMBINED + 7:
+        if len(found) >= 2 * COMBINED:
             break
         if not even or c.mean < measure.limit:
             continue
         if isinstance(policy, TaylorSeer) and policy.on == "output" and not isinstance(policy.interval, int):
-            shallow = DeepCache(interval=tuple(policy.interval)[::2])
-            for precision in dict.fromkeys([reference.precision, *(p.settings.precision for p in cheap)]):
-                found.append(Candidate(dataclasses.replace(c.settings, precision=precision, cache=(policy, shallow))))
+            plan = tuple(policy.interval)
+            # deep is every other one; or all but the last and the third from last
+            for computed in dict.fromkeys((plan[::2], (*plan[:-3], plan[-2]))) if len(plan) > 3 else ():
+                for precision in dict.fromkeys([reference.precision, *(p.settings.precision for p in cheap)]):
+                    found.append(Candidate(dataclasses.replace(
+                        c.settings, precision=precision, cache=(policy, DeepCache(interval=computed)))))
     for c in measured:
         limit = guard_limit(measure, c) if _guarded(c.settings) else None
         if limit is not None:

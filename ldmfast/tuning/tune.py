@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..pipelines import Pipeline
 
 
-SEARCH = 0.55  # of the budget; the rest is for held-out prompts
+SINGLES, SEARCH = 0.2, 0.55  # of the budget: when single changes end, and all; the rest is for held-out prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +187,8 @@ class _Trials:
             else:
                 self.first = self._draw(self.reference, calibration[0])
             first = space.singles(self.pipe, self.reference, self.first.made, names, products)
-            return search.run(self.measure, partial(self.turn, SEARCH * self.budget), self.test, first,
+            brief, turn = (partial(self.turn, share * self.budget) for share in (SINGLES, SEARCH))
+            return search.run(self.measure, brief, turn, self.test, first,
                               lambda measured: space.combinations(self.measure, self.reference, measured),
                               calibration, held_out)
 

@@ -47,7 +47,7 @@ class Table:
     def run(self, prompts: int = 60):
         calibration, held_out = split(prompts, 0)
         first = [Candidate(Settings(steps=n)) for n in self.means]
-        return search.run(Measure("psnr", 30.0), self.turn, self.turn, first, lambda measured: [],
+        return search.run(Measure("psnr", 30.0), self.turn, self.turn, self.turn, first, lambda measured: [],
                           [calibration[i:i + 4] for i in range(0, len(calibration), 4)],
                           [held_out[i:i + 4] for i in range(0, len(held_out), 4)])
 
