@@ -128,7 +128,7 @@ def _write(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("spoil, act, message", [
-    (lambda f: None, lambda f: open_folder(f / "none"), "is not a folder"),
+    (lambda f: None, lambda f: open_folder(f / "none"), "does not exist"),
     (lambda f: os.remove(f / "model_index.json"), open_folder, "has no model_index.json"),
     (lambda f: _write(f / "model_index.json", "{"), open_folder, "is not valid JSON"),
     (lambda f: _write(f / "model_index.json", "[]"), open_folder, "holds a list, needs a JSON object"),
