@@ -9,7 +9,7 @@ namespace LDMFAST_LEVEL_NAMESPACE {
 template <class T>
 constexpr bool kRough = std::is_same_v<T, bf16>;
 
-// 2^t: relative error 3e-6 if rough, else 2e-7. It stops at 2^-126, since a result below costs hundreds of cycles; and
+// 2^t: relative error 3e-6 if rough, else 2e-7. It stops at 2^-126, since a result below takes many times as long; and
 // is infinite beyond the exponents of fp32, or (below AVX-512) stops at 2^-125 and 2^125; NaN stays.
 template <bool rough>
 inline F power_of_two(F t) {

@@ -6,7 +6,7 @@
 namespace LDMFAST_LEVEL_NAMESPACE {
 
 // The weights 2^(unit * s - base) of one vector of queries. NaN stays, -inf gives 0. Nothing is ever denormal on the way:
-// one such number costs as much as a hundred others.
+// a vector with one such number takes many times as long (docs/performance.md, "Denormal numbers").
 struct Weights {
   F unit, base, low;  // below `low` a weight is 0
 

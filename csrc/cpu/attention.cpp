@@ -7,9 +7,10 @@
 // `base` shifts the exponents of a query's weights. Any base gives the same quotient as long as nothing overflows and
 // the weights that matter stay normal numbers, and those range over 2^+-126 in fp32 as in bf16. So there is no running
 // maximum and nothing is rescaled: |q . k| <= |q| max|k| (Cauchy and Schwarz) bounds the scores beforehand, and base
-// is that bound less 60. Should the largest weights of a query turn out too small after all (its sum tells, mostly after
-// the first step), or should the bound not be a number of reasonable size, the block is done again with the true maximum,
-// found in a sweep of its own. The base depends on the query and its head alone, so a result depends neither on threads nor on the batch.
+// is that bound less 60. Should the largest weights of a query turn out too small after all (its sum tells, mostly
+// after the first step), or should the bound not be a number of reasonable size, the block is done again with the true
+// maximum, found in a sweep of its own. The base depends on the query and its head alone, so a result depends neither
+// on threads nor on the batch.
 #include <algorithm>
 #include <atomic>
 

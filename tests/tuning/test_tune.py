@@ -52,6 +52,27 @@ class Table:
                           [held_out[i:i + 4] for i in range(0, len(held_out), 4)])
 
 
+def test_single_changes_leave_time_for_combinations():
+    """Their first turn is drawn with the search's own time, further ones with a part of it, which may be over."""
+    asked = []
+
+    def turn(name, more):
+        def draw(candidates, part):
+            asked.append((name, tuple(part)))
+            for c in candidates if more else ():
+                c.values += [40.0 for _ in part]
+                c.ratios.append(20 / c.settings.steps)
+            return more
+        return draw
+
+    pair = [Candidate(Settings(steps=5))]
+    chosen, measured = search.run(Measure("psnr", 30.0), turn("brief", False), turn("search", True), turn("test", True),
+                                  [Candidate(Settings(steps=10))], lambda measured: pair,
+                                  [range(i, i + 4) for i in range(0, 24, 4)], [range(24, 64)])
+    assert [name for name, _ in asked] == ["search", "brief", "search", "search", "search", "test"]
+    assert chosen is not None and chosen.settings.steps == 5 and len(measured) == 2
+
+
 def test_the_known_optimum_is_found():
     table = Table(0, {18: 45.0, 15: 41.0, 12: 38.0, 10: 36.0, 8: 33.0, 6: 27.0, 4: 20.0})
     chosen, measured = table.run()
