@@ -22,7 +22,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -75,14 +74,10 @@ def sources(folder: Path) -> list[Write]:
     import torch
     from PIL import Image
     from safetensors.torch import save_file
-    from tqdm import tqdm
 
     from ldmfast.checkpoints.convert import convert
     from ldmfast.models import AutoencoderKL
 
-    # processes share tqdm's usual lock: one that is killed while it holds it would stop all that come after
-    tqdm.set_lock(threading.RLock())
-    tqdm.monitor_interval = 0
     torch.manual_seed(0)
     save_file({str(i): torch.randn(1 << 18) for i in range(24)}, folder / "file.safetensors")
     (folder / "vae").mkdir()

@@ -70,10 +70,10 @@ def _entries(tensors: Mapping[str, Stored], dtype: torch.dtype | None) -> Entrie
 
 @contextmanager
 def _bar(entries: list[Entries], what: str, progress: bool) -> Iterator[Told]:
-    from tqdm import tqdm
+    from ..progress import Bar
 
     total = sum(prod(shape) * dtype.itemsize for e in entries for dtype, shape in e.values())
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not progress) as bar:
+    with Bar(total=total, desc=what, unit="B", unit_scale=True, disable=not progress) as bar:
         yield bar.update
 
 

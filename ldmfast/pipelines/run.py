@@ -225,10 +225,10 @@ def _blend(request: Request, mask: torch.Tensor, source: torch.Tensor | None, no
 
 def sample_latents(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torch.Tensor, blend: Blend | None
             ) -> tuple[torch.Tensor, bool]:
-    from tqdm import tqdm
+    from ..progress import Bar
 
     call = Call(pipe, request)
-    with tqdm(total=call.num_timesteps, disable=not request.progress, unit="step") as bar:
+    with Bar(total=call.num_timesteps, disable=not request.progress, unit="step") as bar:
 
         def on_step(step: int, t: float, latents: torch.Tensor) -> torch.Tensor:
             if blend is not None:

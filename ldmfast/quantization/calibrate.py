@@ -91,10 +91,9 @@ def quantize(path: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, 
     in bf16 in that range) with the int8 weights into one file beside the weights, which loading finds. Raises
     CheckpointError, and LdmfastError for empty prompts.
     """
-    from tqdm.auto import tqdm
-
     from ..pipelines import Pipeline
     from ..pipelines.load import denoiser_part, fingerprint_of, int8_file
+    from ..progress import Bar
 
     if not prompts:
         raise LdmfastError("quantize needs at least one prompt to draw: leave prompts out to use its own")
@@ -104,7 +103,7 @@ def quantize(path: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, 
             else Pipeline.from_pretrained(path, precision="bf16", variant=variant))
     meter = Meter(pipe.unet)
     with meter.watching():
-        for i, prompt in enumerate(tqdm(prompts, desc="calibrate", unit="picture", disable=not progress)):
+        for i, prompt in enumerate(Bar(prompts, desc="calibrate", unit="picture", disable=not progress)):
             pipe(prompt, num_inference_steps=steps, generator=i, output_type="latent", progress=False)
     ends = thirds(list(meter.energies))
     plan = choose(meter.sqnr(ends), ends, least)

@@ -66,9 +66,9 @@ def chunks(count: int, batch: int) -> list[slice]:
 
 
 def progressed(items: Sequence[Any], show: bool, name: str) -> Any:
-    from tqdm import tqdm
+    from ..progress import Bar
 
-    return tqdm(items, disable=not show, desc=name, unit="turn")
+    return Bar(items, disable=not show, desc=name, unit="turn")
 
 
 def _report(pipe: Pipeline, turns: list[list[Drawn]], arms: Sequence[Settings], texts: list[str], numbers: list[int],

@@ -160,7 +160,7 @@ class _Trials:
 
     def __init__(self, pipe: Pipeline, measure: Measure, reference: Settings, texts: list[str], numbers: list[int],
                  call: dict[str, Any], budget_s: float, progress: bool) -> None:
-        from tqdm import tqdm
+        from ..progress import Bar
 
         self.pipe, self.measure, self.reference, self.call = pipe, measure, reference, call
         self.texts, self.numbers, self.budget = texts, numbers, budget_s
@@ -168,8 +168,8 @@ class _Trials:
         self.warm: set[str] = set()
         self.notes: list[str] = []
         self.first: Drawn | None = None
-        self.bar = tqdm(total=round(budget_s), disable=not progress, desc="tune", unit="s",
-                        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.0f} of {total} s{postfix}")
+        self.bar = Bar(total=round(budget_s), disable=not progress, desc="tune", unit="s",
+                       bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.0f} of {total} s{postfix}")
 
     def elapsed(self) -> float:
         return time.monotonic() - self.start
