@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import LdmfastError
+from .cfg_cache import CFGCache
 from .deepcache import DeepCache
 from .easycache import EasyCache
 from .first_block import FirstBlock
@@ -27,7 +28,8 @@ from .teacache import TeaCache
 from .tgate import TGate
 
 POLICIES: dict[str, type[Policy]] = {p.__name__: p for p in (
-    DeepCache, EasyCache, FirstBlock, FORA, Guard, MagCache, PAB, ParaStep, PromptKV, TaylorSeer, TeaCache, TGate)}
+    CFGCache, DeepCache, EasyCache, FirstBlock, FORA, Guard, MagCache, PAB, ParaStep, PromptKV, TaylorSeer, TeaCache,
+    TGate)}
 
 __all__ = ["Action", "CacheReport", "Call", "GuardUse", "Judge", "POLICIES", "Policy", "Session", "check_cache",
            "from_settings", "repeatable", "residual_ratios", *POLICIES]

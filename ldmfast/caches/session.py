@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .policy import Action, Call, Judge, Policy
 from .store import Store
 
 Network = Callable[[Tensor], Tensor]
+OUTSIDE = ("output", "guidance")  # segments that lie around the network; the others are in it
 
 
 class Session:
@@ -33,14 +35,23 @@ class Session:
             raise LdmfastError("two ParaStep decide about the order of the steps; give one of the two")
         for policy in self.policies:
             self._add(policy)
-        self._kept = {k: _kept(plan, self._policy[k].held) for k, plan in self._plan.items()}
         self._last = {k: max((i for i, a in enumerate(plan) if a is not Action.COMPUTE), default=-1)
                       for k, plan in self._plan.items()}
+        # with CFGCache rows of one branch are kept beside those of all that were computed before
+        self._kept = {k: tuple(i < self._last[k] for i in range(call.steps)) if "guidance" in self._policy else
+                      _kept(plan, self._policy[k].held) for k, plan in self._plan.items()}
         singles = [s for s in (p.single_from(call) for p in self.policies) if s is not None]
         self.single_from = min(singles, default=call.steps)
+        guidance = self._plan.get("guidance", ())
+        self.alone = self.single_from < call.steps or any(a is not Action.COMPUTE for a in guidance)  # ever
+        inside = [type(self._policy[kind]).__name__ for kind in self._judges if kind not in OUTSIDE]
+        if inside and "guidance" in self._policy:
+            raise LdmfastError(f"{inside[0]} compares what all branches of guidance compute, of which CFGCache runs one"
+                               " alone; give one of the two, or EasyCache or a cache with a plan beside CFGCache")
         self.branch = next((p.branch for p in self.policies if "deep" in p.kinds(call)), 0)
         self.step = 0
         self._merged = False
+        self._branches = 1  # of what is held, for the one that the network computes
         self._rows: dict[tuple[tuple[int, ...], int, bool], Tensor] = {}
         self.evaluations = self.single_evaluations = 0
         self.computed: Counter[str] = Counter()
@@ -71,18 +82,40 @@ class Session:
     # ---- the sampler's side
 
     def single(self, step: int) -> bool:
-        """Whether this evaluation runs without the unconditional branch."""
+        """Whether this evaluation's network runs the conditional branch alone."""
+        return self.ended(step) or ("guidance" in self._policy and self.store.steps("guidance", 0) != ()
+                                    and self._plan["guidance"][step] is not Action.COMPUTE)
+
+    def ended(self, step: int) -> bool:
+        """Whether guidance has."""
         return step >= self.single_from
 
     def evaluate(self, network: Network, x: Tensor, step: int, branches: int = 1) -> Tensor:
         """network(x) at evaluation ``step``, or what stands for it. x: rows that are this call's own; with several
         branches of guidance, the conditional one's rows come last."""
         self.step = step
-        if branches > 1 and self.single(step):
+        if branches > 1 and self.ended(step):
             self._merge(branches)
             self.single_evaluations += 1
             return torch.cat([self._evaluate(network, x.chunk(branches)[-1])] * branches)
+        if branches > 1 and "guidance" in self._policy:
+            network = partial(self._guided, network, branches)
         return self._evaluate(network, x)
+
+    def _guided(self, network: Network, branches: int, x: Tensor) -> Tensor:
+        """All branches, computed; or the conditional one, and the others as far from it as they are expected to be."""
+        action = self._action("guidance", 0)
+        if action is Action.COMPUTE:
+            *others, own = network(x).chunk(branches)
+            self._keep("guidance", 0, (torch.cat(others) - torch.cat([own] * len(others)),))
+            return torch.cat([*others, own])
+        self.single_evaluations += 1
+        self._branches = branches
+        own = network(x.chunk(branches)[-1])
+        self._branches = 1
+        found = self._from_store("guidance", 0, action, torch.cat([own] * (branches - 1)))[0]
+        assert found is not None
+        return torch.cat([found, own])
 
     def _evaluate(self, network: Network, x: Tensor) -> Tensor:
         action = self._action("output", 0, x)
@@ -116,6 +149,7 @@ class Session:
         """Of what is held for all branches, prompt attention becomes the mean, the rest the conditional part."""
         if not self._merged:
             self._merged = True
+            self.store.drop("guidance")
             for kind in self._judges:  # what they remember has rows of both branches
                 self.store.drop(kind)
                 judge = self._policy[kind].judge(self.call)
@@ -221,7 +255,10 @@ class Session:
         # where a judge leaves blocks out, all have held text since the first step, and freeze together
         if kind in self._judges or (kind == "text" and self._judges):
             return True
-        return kind in self._kept and self._kept[kind][self.step]
+        if kind not in self._plan:
+            return False
+        # one that is seen for the first time where it should be reused, as another cache left it out before, is kept
+        return self._kept[kind][self.step] or self._plan[kind][self.step] is not Action.COMPUTE
 
     def _keep(self, kind: str, place: Hashable, value: tuple[Tensor | None, ...], indicator: Tensor | None = None,
               told: Tensor | None = None) -> None:
@@ -230,16 +267,31 @@ class Session:
             judge.computed(self.step, indicator, told)
         if self._wants(kind):
             policy = self._policy[kind]
+            if kind not in OUTSIDE and self._branches > 1:
+                value = self._all_branches(value, self.store.get(kind, place))
             self.store.put(kind, place, self.step, value, policy.held, policy.int8)
+
+    def _all_branches(self, value: tuple[Tensor | None, ...], before: tuple[Tensor | None, ...]
+                      ) -> tuple[Tensor | None, ...]:
+        """Of a segment computed for the conditional branch alone: the others follow it, as far from it as they were."""
+        found: list[Tensor | None] = []
+        for own, old in zip(value, before):
+            if own is None or old is None:
+                found.append(None)
+                continue
+            *others, last = old.chunk(self._branches)
+            found.append(torch.cat([*(own + (x - last) for x in others), own]))
+        return tuple(found)
 
     def _from_store(self, kind: str, place: Hashable, action: Action, base: Tensor | None) -> tuple[Tensor | None, ...]:
         """base (if any) plus the weighted sum of the values held."""
         steps = self.store.steps(kind, place)
         weights = [1.0] if action is Action.REUSE else self._policy[kind].weights(steps, self.step)
-        newest = self.store.get(kind, place)
+        own = 1 if kind in OUTSIDE else self._branches
+        values = [tuple(None if x is None else x.chunk(own)[-1] for x in self.store.get(kind, place, i))
+                  for i in range(len(weights))]
         if base is None and weights == [1.0]:
-            return newest
-        values = [newest, *(self.store.get(kind, place, i) for i in range(1, len(weights)))]
+            return values[0]
         held = steps[:len(weights)]
         return tuple(None if parts[0] is None else self._combine((kind, place), held, weights, base, parts)
                      for parts in zip(*values))

@@ -178,12 +178,14 @@ class RecordedSession(Session):
     def kind(self, step: int) -> Hashable:
         """What the recording of an evaluation depends on: its decisions, and what it finds and combines."""
         found = []
-        for kind, plan in sorted(self._plan.items()):
-            places = frozenset((where, self._terms(kind, steps, step)) for where, steps in self.store.filled.items()
-                               if where[0] == kind and plan[step] is not Action.COMPUTE)
-            found.append((kind, plan[step], plan[step] is not Action.COMPUTE or self._kept[kind][step], places))
         single = self.branches > 1 and self.single(step)
-        ends = single and not self._merged  # guidance does, and all that is held is made anew
+        for kind, plan in sorted(self._plan.items()):
+            computed = plan[step] is Action.COMPUTE  # of one branch, it is kept beside what is there
+            places = frozenset((where, 0 if computed else self._terms(kind, steps, step))
+                               for where, steps in self.store.filled.items()
+                               if where[0] == kind and (single or not computed))
+            found.append((kind, plan[step], plan[step] is not Action.COMPUTE or self._kept[kind][step], places))
+        ends = single and self.ended(step) and not self._merged  # guidance does; all that is held is made anew
         halved = frozenset((where, len(steps)) for where, steps in self.store.filled.items() if ends)
         return single, halved, tuple(found)
 
@@ -219,7 +221,7 @@ class RecordedSession(Session):
     def follow(self, step: int, did: Did) -> None:
         """On the host alone: what a stage that did this leaves behind, and the coefficients that it reads."""
         self.forecasts += [(w, step, self._row(w[0], self.store.filled[w], step)) for w in did.forecasts]
-        self._merged = self._merged or (self.branches > 1 and self.single(step))
+        self._merged = self._merged or (self.branches > 1 and self.ended(step))
         for where, most in did.puts:
             self.store.fill(where, step, most)
         for kind, last in self._last.items():
@@ -228,10 +230,6 @@ class RecordedSession(Session):
         self._before = dict(self.store.filled), self._merged
 
     # ---- what the base does otherwise
-
-    def _wants(self, kind: str) -> bool:
-        # where others reuse, one that is seen for the first time is kept in any case: fewer kinds of stages
-        return super()._wants(kind) or (kind in self._plan and self._plan[kind][self.step] is not Action.COMPUTE)
 
     def _keep(self, kind: str, place: Hashable, value: tuple[Tensor | None, ...], indicator: Tensor | None = None,
               told: Tensor | None = None) -> None:

@@ -58,7 +58,7 @@ def key(denoiser: Denoiser, x: Tensor, table: StepTable) -> Hashable:
 @dataclass
 class _Part:
     """Branches that one forward evaluates together, and the buffers of their conditions, by groups of pictures. alone:
-    of the last branch, where a cache ends guidance."""
+    of the last branch, where a cache may run it by itself."""
 
     branches: tuple[Branch, ...]
     states: list[State]

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..caches import Policy
 from ..errors import PrecisionError
 from ..guidance import Branch, Plan
+from ..models import UNet2DCondition
 from .guided import Guided
 from .lora import Cast
 
@@ -100,8 +102,15 @@ class Denoiser(Guided):
         order = [i for _, rows in groups for i in rows]
         self.back = None if order == sorted(order) else torch.tensor(order).argsort().to(device)
 
+        beside: dict[nn.Module, Any] = {}  # of each network, the state that was prepared last
+
         def prepare(unet: Any, names: Sequence[str], group: int, times: list[float]) -> Any:
-            return unet.prepare(times, **_stack([conditions[name].rows(groups[group][1]) for name in names]))
+            own = _stack([conditions[name].rows(groups[group][1]) for name in names])
+            if not isinstance(unet, UNet2DCondition):
+                return unet.prepare(times, **own)
+            state = unet.prepare(times, **own, beside=beside.get(unet))
+            beside[unet] = state
+            return state
 
         super().__init__(plan, [unet for unet, _ in groups], [_index(rows, device) for _, rows in groups], times,
                          prepare, cache)

@@ -23,7 +23,7 @@ Prepare = Callable[[Any, Sequence[str], int, list[float]], Any]
 @dataclass(eq=False)
 class Forward:
     """Branches that are one batch, in this order. Of each group of pictures: its network, states of all branches, and
-    of the last alone where a cache ends guidance. cached: a cache may stand in for parts of it."""
+    of the last alone where a cache may run it so. cached: a cache may stand in for parts of it."""
 
     branches: tuple[Branch, ...]
     networks: list[Any]
@@ -58,7 +58,7 @@ class Guided:
         for t, branches in zip(times, active):
             for some in together(branches):
                 shared.setdefault(some, []).append(self._time(some[0].source, float(t)))
-        made = {some: self._forward(some, list(dict.fromkeys(own)), prepare, len(times))
+        made = {some: self._forward(some, list(dict.fromkeys(own)), prepare)
                 for some, own in shared.items()}
         self.forwards = [[made[some] for some in together(branches)] for branches in active]
         self._last: Forward | None = None
@@ -70,12 +70,12 @@ class Guided:
         for seen in self.seen:
             seen.clear()
 
-    def _forward(self, branches: tuple[Branch, ...], times: list[float], prepare: Prepare, stages: int) -> Forward:
+    def _forward(self, branches: tuple[Branch, ...], times: list[float], prepare: Prepare) -> Forward:
         other, skip = branches[0].network, branches[0].skip
         networks = [other or unet for unet in self.unets]
         conditions = [b.condition for b in branches]
         states = [prepare(unet, conditions, g, times) for g, unet in enumerate(networks)]
-        alone = [None if s is None or not 0 < s.single_from < stages or len(branches) == 1 else
+        alone = [None if s is None or not s.alone or len(branches) == 1 else
                  prepare(unet, conditions[-1:], g, times) for g, (s, unet) in enumerate(zip(self.sessions, networks))]
         cached = other is None and not skip and branches[0].source is None
         return Forward(branches, networks, states, alone, cached, [])

@@ -10,6 +10,7 @@ import ldmfast
 from ldmfast.caches import (
     FORA,
     PAB,
+    CFGCache,
     DeepCache,
     EasyCache,
     FirstBlock,
@@ -66,7 +67,8 @@ def test_no_reuse_is_no_cache(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("precision", ["exact", "bf16", "int8"])
-@pytest.mark.parametrize("off", [*(off for off, _ in PAIRS.values()), ParaStep(ranks=1)], ids=repr)
+@pytest.mark.parametrize("off", [*(off for off, _ in PAIRS.values()), CFGCache(interval=1), ParaStep(ranks=1)],
+                         ids=repr)
 def test_no_reuse_is_no_cache_in_a_pipeline(tiny, off: Policy, precision: str) -> None:
     """Guidance, two pictures, and a multistep solver."""
     call = {"num_inference_steps": 4, "generator": 3, "output_type": "latent", "solver": "dpmpp_2m", "progress": False}

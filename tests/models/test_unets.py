@@ -65,6 +65,22 @@ def test_prepared_state_gives_the_same_bits(name: str) -> None:
         assert torch.equal(ours(sample, t, state=state), ours(sample, t, **conditions))
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "classes"])
+def test_a_state_beside_another_has_the_same_bits(name: str) -> None:
+    """Other pictures at the same times: what depends on times alone is the first's; where conditions enter, or times
+    differ, nothing is."""
+    case, (_, ours) = UNETS[name], pair(name)
+    first, second = ({k: {n: x[i:i + 1] for n, x in v.items()} if isinstance(v, dict) else v[i:i + 1]
+                      for k, v in case.conditions(2).items()} for i in range(2))
+    times, sample = [999.0, 41.0, 1.0], case.sample(1)
+    beside = ours.prepare(times, **first)
+    state = ours.prepare(times, **second, beside=beside)
+    assert (state.times is beside.times) == (name == "sd1")
+    others = ours.prepare([41.0, 7.0], **second, beside=beside)
+    for t, one in ((999.0, state), (41.0, state), (41.0, others), (7.0, others)):
+        assert torch.equal(ours(sample, t, state=one), ours(sample, t, **second))
+
+
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "classes", "ldm_unconditional"])
 @pytest.mark.parametrize("n", [0, 3])
 def test_batch_sizes(name: str, n: int) -> None:

@@ -17,6 +17,7 @@ from ldmfast.caches import (
     FORA,
     PAB,
     POLICIES,
+    CFGCache,
     DeepCache,
     EasyCache,
     FirstBlock,
@@ -73,6 +74,9 @@ STATIC: dict[str, tuple[Any, int, Any]] = {
     "residual": (MagCache(ratios=RATIOS, threshold=0.1), 2, None),
     "one branch": (TGate(gate=3), 4, None),  # before, the last before, the first after, and after guidance ends
     "two branches": (TGate(gate=3, single=False), 3, TGate(gate=5, single=False)),
+    "other branches": (CFGCache(interval=3), 2, CFGCache(interval=(0, 1, 5))),
+    "other branches and layers": ([CFGCache(interval=(0, 3), order=0), FORA(interval=2)], 5, None),
+    "other branches and output": ([CFGCache(interval=(0, 4)), TaylorSeer(interval=2, on="output")], 4, None),
     "one in another": ([DeepCache(interval=3), FORA(interval=2)], 5, None),
 }
 
