@@ -142,35 +142,95 @@ def guard_limit(measure: Measure, learnt: Candidate) -> float | None:
     return math.sqrt(measure.squared(measure.limit)) / top if ratios and 0 < top < math.inf else None
 
 
-def run(measure: Measure, brief: Turn, turn: Turn, test: Turn, first: Sequence[Candidate],
-        later: Callable[[list[Candidate]], list[Candidate]], calibration: Sequence[Sequence[int]],
+@dataclass(frozen=True)
+class Draws:
+    """turn draws while the time of the search lasts, brief for a part of it, so that single changes leave some for
+    combinations. trial draws one candidate for all calibration prompts, while the time for climbing lasts. test draws
+    on held-out prompts while any is left."""
+
+    brief: Turn
+    turn: Turn
+    trial: Callable[[Candidate], bool]
+    test: Turn
+
+
+def _nothing(measured: Sequence[Candidate]) -> list[Candidate]:
+    return []
+
+
+@dataclass(frozen=True)
+class Tries:
+    """What is tried. first: precisions. singles, combinations: made from what was measured before. ladder: where to
+    climb from, slowest first; nearby: settings that take as long as others."""
+
+    first: Sequence[Candidate]
+    singles: Callable[[list[Candidate]], list[Candidate]] = _nothing
+    combinations: Callable[[list[Candidate]], list[Candidate]] = _nothing
+    ladder: Callable[[list[Candidate]], list[Candidate]] = _nothing
+    nearby: Callable[[Settings], list[Settings]] = lambda settings: []
+
+
+def run(measure: Measure, draws: Draws, tries: Tries, calibration: Sequence[Sequence[int]],
         held_out: Sequence[Sequence[int]]) -> tuple[Candidate | None, list[Candidate]]:
     """The chosen candidate, tested on held-out prompts, and all that were measured on calibration prompts.
 
-    first: single changes, all drawn for the first part of the calibration turns. later: combinations, made from what
-    these showed. Both then compete over the other turns, where only half goes on after each (successive halving:
-    Karnin et al. 2013). turn draws while the time of the search lasts, brief for a part of it, so that single changes
-    leave some for combinations; only their first turn is made whole. test draws on held-out prompts while any is left.
-    """
-    half = max(1, len(calibration) // 2)
-    alive = list(first)
-    for number, part in enumerate(calibration[:half]):
-        if not (brief if number else turn)(alive, part):
+    Precisions and single changes are drawn for the first part of the calibration turns. Combinations then compete with
+    them over the other turns, where only half goes on after each (successive halving: Karnin et al. 2013). Last, plans
+    that are faster still are climbed from (``climb``)."""
+    half, count = max(1, len(calibration) // 2), sum(map(len, held_out))
+    alive = list(tries.first)
+    if alive:
+        draws.turn(alive, calibration[0])
+    singles = tries.singles([c for c in alive if c.values])
+    if singles:
+        draws.turn(singles, calibration[0])
+    alive += singles
+    for part in calibration[1:half]:
+        if not draws.brief(alive, part):
             break
     measured = [c for c in alive if c.values]
-    alive = [*later(measured), *survivors(measure, measured, 8)]
+    alive = [*tries.combinations(measured), *survivors(measure, measured, 8)]
     for part in calibration[half:]:
-        more = turn(alive, part)
+        more = draws.turn(alive, part)
         measured += [c for c in alive if c.values and not any(c is m for m in measured)]
         alive = survivors(measure, alive, max(2 * FINALISTS, len(alive) // 2))
         if not more:
             break
-    count = sum(map(len, held_out))
+    measured += climb(measure, tries.ladder(measured), tries.nearby, draws.trial, max(count, 2))
     ordered = finalists(measure, measured, max(count, 2)) if measured else []
     for part in held_out if ordered else ():
-        if not test(ordered, part):
+        if not draws.test(ordered, part):
             break
     complete = min((len(c.values) for c in ordered), default=0)  # a last turn may have been cut short
     for c in ordered:
         del c.values[complete:]
     return best(measure, passed(measure, ordered)), measured
+
+
+def climb(measure: Measure, ladder: Sequence[Candidate], nearby: Callable[[Settings], list[Settings]],
+          trial: Callable[[Candidate], bool], held_out: int) -> list[Candidate]:
+    """From each rung, slowest first, to better neighbours, until the bound is likely to meet the promise or none is
+    better. Two rungs in turn that do not get there end it: what is faster still will hardly."""
+    found: list[Candidate] = []
+    failed, seen = 0, [rung.settings for rung in ladder]
+    for top in ladder:
+        if failed == 2 or not trial(top):
+            break
+        found.append(top)
+        while top.expected_bound(held_out) < measure.limit:
+            better = None
+            for settings in nearby(top.settings):
+                if settings in seen:
+                    continue
+                seen.append(settings)
+                found.append(Candidate(settings))
+                if not trial(found[-1]):
+                    return [c for c in found if c.values]
+                if found[-1].values and found[-1].mean > top.mean:
+                    better = found[-1]
+                    break
+            if better is None:
+                break
+            top = better
+        failed = 0 if top.expected_bound(held_out) >= measure.limit else failed + 1
+    return [c for c in found if c.values]

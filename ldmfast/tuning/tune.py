@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from ..pipelines import Pipeline
 
 
-SINGLES, SEARCH = 0.2, 0.55  # of the budget: when single changes end, and all; the rest is for held-out prompts
+# of the budget: when single changes end, combinations, and climbing; the rest is for held-out prompts
+SINGLES, SEARCH, CLIMB = 0.2, 0.4, 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,7 @@ class _Trials:
         self.start = time.monotonic()
         self.warm: set[str] = set()
         self.notes: list[str] = []
-        self.first: Drawn | None = None
+        self.references: dict[tuple[int, ...], Drawn] = {}
         self.bar = Bar(total=round(budget_s), disable=not progress, desc="tune", unit="s",
                        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n:.0f} of {total} s{postfix}")
 
@@ -182,22 +183,33 @@ class _Trials:
             settings = dataclasses.replace(self.reference, cache=(*self.reference.cache, recorder))
             products = None
             if not self.reference.cache:
-                self.first = self._draw(settings, calibration[0])
-                products = plans.grams(recorder, self.first.table, self.first.trajectory.latents[-1])
+                first = self._draw(settings, calibration[0])
+                products = plans.grams(recorder, first.table, first.trajectory.latents[-1])
             else:
-                self.first = self._draw(self.reference, calibration[0])
-            first = space.singles(self.pipe, self.reference, self.first.made, names, products)
+                first = self._draw(self.reference, calibration[0])
+            base = self.reference
+
+            def singles(precisions: list[Candidate]) -> list[Candidate]:
+                nonlocal base
+                base = space.fastest(self.measure, self.reference, precisions)
+                return space.singles(self.pipe, base, first.made, products)
+
+            count = sum(map(len, held_out))
+            tries = search.Tries(
+                [Candidate(dataclasses.replace(self.reference, precision=name)) for name in names], singles,
+                lambda measured: space.combinations(self.measure, base, measured),
+                lambda measured: space.ladder(self.measure, base, measured, products, count),
+                lambda settings: space.nearby(0 if products is None else len(products[1]), settings))
             brief, turn = (partial(self.turn, share * self.budget) for share in (SINGLES, SEARCH))
-            return search.run(self.measure, brief, turn, self.test, first,
-                              lambda measured: space.combinations(self.measure, self.reference, measured),
-                              calibration, held_out)
+            draws = search.Draws(brief, turn, partial(self.trial, calibration), self.test)
+            return search.run(self.measure, draws, tries, calibration, held_out)
 
     def turn(self, until: float, candidates: list[Candidate], part: Sequence[int], ordered: bool = False) -> bool:
         """Draws what can be begun before ``until``. A candidate that raises is dropped; where they are ``ordered``, as
         for a fixed sequence of tests, those after it, too."""
         if self.elapsed() > until or not candidates:
             return False
-        reference = self._draw(self.reference, part)
+        reference = self.references[tuple(part)] = self._draw(self.reference, part)
         for c in list(candidates):
             if self.elapsed() > until:
                 return False
@@ -216,6 +228,20 @@ class _Trials:
     def test(self, finalists: list[Candidate], part: Sequence[int]) -> bool:
         """A turn on held-out prompts: a finalist that raises has failed, and testing ends there."""
         return self.turn(self.budget, finalists, part, ordered=True)
+
+    def trial(self, calibration: list[list[int]], c: Candidate) -> bool:
+        """Draws for all calibration prompts, against the reference's pictures and times that are there."""
+        try:
+            for part in calibration:
+                if self.elapsed() > CLIMB * self.budget:
+                    return False
+                if tuple(part) not in self.references:
+                    self.references[tuple(part)] = self._draw(self.reference, part)
+                self._add(c, self.references[tuple(part)], self._draw(c.settings, part))
+        except LdmfastError as error:
+            self.notes.append(f"{c.settings} was dropped: {error}")
+            c.values.clear()
+        return True
 
     def _add(self, c: Candidate, reference: Drawn, drawn: Drawn) -> None:
         n, c.made = len(drawn.images), drawn.made

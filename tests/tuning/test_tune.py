@@ -47,7 +47,8 @@ class Table:
     def run(self, prompts: int = 60):
         calibration, held_out = split(prompts, 0)
         first = [Candidate(Settings(steps=n)) for n in self.means]
-        return search.run(Measure("psnr", 30.0), self.turn, self.turn, self.turn, first, lambda measured: [],
+        draws = search.Draws(self.turn, self.turn, lambda c: self.turn([c], calibration), self.turn)
+        return search.run(Measure("psnr", 30.0), draws, search.Tries(first),
                           [calibration[i:i + 4] for i in range(0, len(calibration), 4)],
                           [held_out[i:i + 4] for i in range(0, len(held_out), 4)])
 
@@ -66,8 +67,9 @@ def test_single_changes_leave_time_for_combinations():
         return draw
 
     pair = [Candidate(Settings(steps=5))]
-    chosen, measured = search.run(Measure("psnr", 30.0), turn("brief", False), turn("search", True), turn("test", True),
-                                  [Candidate(Settings(steps=10))], lambda measured: pair,
+    draws = search.Draws(turn("brief", False), turn("search", True), lambda c: False, turn("test", True))
+    tries = search.Tries([Candidate(Settings(steps=10))], combinations=lambda measured: pair)
+    chosen, measured = search.run(Measure("psnr", 30.0), draws, tries,
                                   [range(i, i + 4) for i in range(0, 24, 4)], [range(24, 64)])
     assert [name for name, _ in asked] == ["search", "brief", "search", "search", "search", "test"]
     assert chosen is not None and chosen.settings.steps == 5 and len(measured) == 2
@@ -155,6 +157,73 @@ def test_errors_of_a_pair_add_as_squares():
     assert psnr.value(2 * psnr.squared(33.0103)) == pytest.approx(30, abs=1e-4)
     assert latent.value(latent.squared(-0.06) + latent.squared(-0.08)) == pytest.approx(-0.1)
     assert search.combine(Measure("psnr", 32.0), [a], [b], space._joined, 5) == []
+
+
+def test_everything_is_tried_in_the_fastest_precision_that_costs_little():
+    """A quarter of the squared error of 30 dB is that of 36 dB."""
+    row = [Candidate(Settings(precision=p), [v] * 4, [r]) for p, v, r in (
+        ("bf16", 50.0, 1.8), ("int8", 36.1, 2.5), ("fp8", 35.9, 3.0))]
+    assert space.fastest(Measure("psnr", 30.0), Settings(), row) == Settings(precision="int8")
+    assert space.fastest(Measure("psnr", 45.0), Settings(), row) == Settings()
+    assert space.fastest(Measure("latent_error", -0.1), Settings(), [Candidate(row[0].settings, [-0.049], [2.0]),
+                                                                     Candidate(row[1].settings, [-0.051], [3.0])]
+                         ) == Settings(precision="bf16")
+
+
+def placed(plan, order=1, full=None) -> Settings:
+    forecast = TaylorSeer(interval=plan, order=order, on="output")
+    return Settings(precision="bf16", cache=forecast if full is None else (forecast, DeepCache(interval=full)))
+
+
+def test_neighbours_take_as_long():
+    """Every one has as many evaluations and as many of them shallow; all single moves are among them, and no other."""
+    start, found = placed((0, 2, 3, 9), full=(0, 2, 9)), space.nearby(10, placed((0, 2, 3, 9), full=(0, 2, 9)))
+    assert start not in found and len({repr(s) for s in found}) == len(found)
+    assert {(s.cache[0].order, s.cache[0].interval, s.cache[1].interval) for s in found} == {
+        (2, (0, 2, 3, 9), (0, 2, 9)), (1, (0, 1, 3, 9), (0, 1, 9)), (1, (0, 2, 4, 9), (0, 2, 9)),
+        (1, (0, 2, 3, 8), (0, 2, 8)), (1, (0, 2, 3, 9), (0, 3, 9)), (1, (0, 2, 3, 9), (0, 2, 3))}
+    assert {len(s.cache) for s in space.nearby(10, placed((0, 4)))} == {1}
+
+
+def test_the_ladder_is_faster_than_what_passes():
+    """Times of 1 + 2n twentieths, a shallow evaluation half of one: rungs are what should be faster, slowest first."""
+    n = 10
+    products, weights = np.eye(n)[None], np.ones(n)
+    base = Settings(precision="bf16")
+    measured = [Candidate(placed(tuple(range(k))), [20.0 + 3 * k] * 8, [20 / (1 + 2 * k)]) for k in (4, 6, 8)]
+    measured += [Candidate(base, [60.0] * 8, [20 / 21]),
+                 Candidate(replace(base, cache=DeepCache(interval=2)), [28.0] * 8, [20 / 16])]
+    rungs = space.ladder(Measure("psnr", 37.0), base, measured, (products, weights), 40)  # 6 evaluations pass
+    sizes = [(len(c.settings.cache[0].interval), len(c.settings.cache[-1].interval)
+              if len(c.settings.cache) > 1 else len(c.settings.cache[0].interval)) for c in rungs]
+    times = [1 + 2 * full + (many - full) for many, full in sizes]
+    assert times == sorted(times, reverse=True) and times[0] == 12 and times[-1] == 5 and len(set(times)) == len(times)
+    assert all(c.settings.precision == "bf16" for c in rungs)
+    assert space.ladder(Measure("psnr", 37.0), base, measured, None, 40) == []
+
+
+def test_climbing_finds_the_placement_and_ends():
+    """Quality falls with the distance from a planted plan; a rung of four evaluations gets there move by move, those of
+    three cannot keep the promise, and after two of them the fastest is not tried."""
+    best, drawn = (0, 3, 6, 9), []
+
+    def trial(c) -> bool:
+        plan = c.settings.cache[0].interval
+        drawn.append(plan)
+        miss = sum(abs(a - b) for a, b in zip(plan, best)) if len(plan) == 4 else 10
+        c.values += [33.0 - miss + 0.1 * (i % 3) for i in range(8)]
+        c.ratios.append(20 / len(plan))
+        return len(drawn) < 400
+
+    rungs = [Candidate(placed(p)) for p in ((0, 1, 5, 8), (0, 2, 5), (0, 3, 5), (0, 2))]
+    found = search.climb(Measure("psnr", 32.8), rungs, lambda s: space.nearby(10, s), trial, 40)
+    top = max(found, key=lambda c: c.mean)
+    assert top.settings.cache[0].interval == best and top.expected_bound(40) >= 32.8
+    assert drawn.count(best) == 1 and (0, 2, 5) in drawn and (0, 3, 5) in drawn and (0, 2) not in drawn
+    assert len({repr(c.settings) for c in found}) == len(found)  # none is drawn twice
+    short = search.climb(Measure("psnr", 32.8), [Candidate(placed((0, 1, 5, 8)))], lambda s: space.nearby(10, s),
+                         lambda c: False, 40)
+    assert short == []  # time is up
 
 
 def test_a_guards_limit_is_learnt_from_the_worst_ratio():
