@@ -109,8 +109,8 @@ def network(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="unseen captions")
-    parser.add_argument("--prompts", type=int, default=60, help="captions to tune on")
-    parser.add_argument("--budget", type=float, default=90.0, help="seconds of each search")
+    parser.add_argument("--prompts", type=int, default=120, help="captions to tune on")
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds of each search")
     parser.add_argument("--batch", type=int, default=10, help="pictures a call")
     parser.add_argument("--networks", nargs="+", default=["unet", "dit"], choices=["unet", "dit"])
     parser.add_argument("--certificate", type=Path, default=None, help="folder for the tuned UNet's certificate")

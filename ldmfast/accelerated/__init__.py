@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import LdmfastError, PrecisionError
 from ..models import REGISTRY
+from .cached import CACHE, checked, denoisers
 from .calls import CALLS
 from .solver import put, take_back
 from .state import Forward, State
@@ -36,7 +37,7 @@ class Report:
                           *(f"{name} left alone: {why}" for name, why in self.left_alone.items())])
 
 
-def accelerate(obj: T, precision: str = "exact", solver: str | None = None) -> T:
+def accelerate(obj: T, precision: str = "exact", solver: str | None = None, cache: Any = None) -> T:
     """Makes a diffusers pipeline, or one diffusers model, run on ldmfast's networks; in place, and returns it.
 
     obj: models of the classes in ``ldmfast.models.REGISTRY`` are accelerated, others are left alone;
@@ -44,15 +45,16 @@ def accelerate(obj: T, precision: str = "exact", solver: str | None = None) -> T
     are shared, nothing is copied), "bf16", "int8" or "fp8" (packed copies beside diffusers' weights, which stay as they
     are; autoencoders take bf16 for 8 bits; results have the dtype of diffusers' weights). solver: also replaces a
     pipeline's scheduler by ``ldmfast.samplers.diffusers_shell``'s: one of ``ldmfast.samplers.SOLVERS``, or diffusers'
-    class name.
+    class name. cache: of a pipeline, one of ``ldmfast.caches`` or several, for each of its calls from now on; what it
+    left out is in the output's ``report``.
 
     A call that the native network cannot serve (gradients, LoRA layers, changed attention processors, hooks on
     submodules, FreeU, autocast, ...) runs diffusers' own forward and warns once, naming the reason. The model follows
     its weights: after ``to``, ``half``, ``load_state_dict`` or a change in place the next call uses the new ones.
     Any number of threads may call one pipeline, each with generators of its own: a call that begins while another runs
     is made with a shallow copy of the pipeline, or waits (``ldmfast/accelerated/threads.py``).
-    Raises LdmfastError for something else than a pipeline or model and for an unknown solver, PrecisionError for
-    another precision.
+    Raises LdmfastError for something else than a pipeline or model, for an unknown solver, and for a cache that does
+    not suit the denoiser (nothing is accelerated then), PrecisionError for another precision.
     """
     if precision not in ("exact", "bf16", "int8", "fp8"):
         raise PrecisionError(f"precision {precision!r} is not available here; choose 'exact', 'bf16', 'int8' or 'fp8'")
@@ -68,6 +70,14 @@ def accelerate(obj: T, precision: str = "exact", solver: str | None = None) -> T
             report.accelerated[name] = type(model).__name__
         else:
             report.left_alone[name] = why
+    vars(obj).pop(CACHE, None)
+    if cache is not None:
+        try:
+            natives = [vars(models[name])[_STATE].judge(models[name]).native for name in report.accelerated]
+            vars(obj)[CACHE] = checked(cache, [] if isinstance(obj, nn.Module) else denoisers(natives))
+        except LdmfastError:
+            restore(obj)
+            raise
     if not isinstance(obj, nn.Module):
         share(obj)
     obj.ldmfast_report = report  # type: ignore[attr-defined]
@@ -84,6 +94,7 @@ def restore(obj: T) -> T:
     take_back(obj)
     unshare(obj)
     vars(obj).pop("ldmfast_report", None)
+    vars(obj).pop(CACHE, None)
     return obj
 
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import LdmfastError
 from ..models import Model, from_diffusers
+from .cached import within_run
 from .calls import CALLS
 from .inspection import Blueprint
 from .watch import Structure, Weights
@@ -141,7 +142,7 @@ class Forward:
             reason = verdict.reason
         if reason is None:
             try:
-                return CALLS[type(model).__name__][self.part](verdict.native, dict(given))
+                return CALLS[type(model).__name__][self.part](within_run(verdict.native), dict(given))
             except LdmfastError as error:  # diffusers may know what to do, or raises an error of its own
                 reason = str(error)
         out = theirs(*args, **kwargs)

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .cached import reported, running
+
 _MARK = "_ldmfast_shared"
 # a call of these changes its pipeline, its scheduler, its tokenizers (in encode_prompt), and nothing else
 _SIDE_BY_SIDE = frozenset({
@@ -90,8 +92,8 @@ def _call(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _MARK not in vars(self):
             return theirs(self, *args, **kwargs)
-        with _turn(self) as pipe:
-            return theirs(pipe, *args, **kwargs)
+        with _turn(self) as pipe, running(pipe) as run:
+            return reported(run, theirs(pipe, *args, **kwargs))
 
     setattr(__call__, _MARK, __call__)
     return __call__
