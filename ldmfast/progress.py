@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from contextlib import suppress
 from typing import Any
@@ -16,6 +17,11 @@ class Bar(tqdm):
     """
 
     _lock = threading.RLock()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        if options.get("file") is None and sys.stderr is None:  # a program without a console, or closed by the shell
+            options["disable"] = True
+        super().__init__(*args, **options)
 
     def display(self, *args: Any, **options: Any) -> Any:
         with suppress(OSError, ValueError):  # ValueError: a closed file

@@ -27,7 +27,8 @@ class Renoised(Source):
     def shown(self, x: Tensor, out: Tensor, seen: Tensor | None, at: At) -> Tensor:
         picture = picture_of(exact(out), exact(x), at.alpha, at.sigma, at.call.prediction)
         g = torch.Generator().manual_seed(1000 * self.seed + at.stage)
-        noise = torch.randn(picture.shape[1:], generator=g).to(picture)  # one for all: none depends on its neighbours
+        # one for all: none depends on its neighbours
+        noise = torch.randn(picture.shape[1:], generator=g, dtype=torch.float32, device="cpu").to(picture)
         return self.alpha * picture + self.sigma * noise
 
     def time(self, t: float) -> float:

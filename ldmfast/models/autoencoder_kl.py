@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ..torch_modes import own_modes
 from .base import Config, Model
 from .gemm import Conv2d
 from .single_file import FromSingleFile
@@ -107,7 +108,7 @@ class AutoencoderKL(FromSingleFile, Model):
         self.quant_conv = Conv2d(2 * latent, 2 * latent, 1) if config.use_quant_conv else None
         self.post_quant_conv = Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
 
-    @torch.no_grad()
+    @own_modes()
     def decode(self, z: Tensor, *, tile: int | None = None, slice: bool = False) -> Tensor:
         """Latents (N, latent_channels, h, w) -> pictures (N, out_channels, h * f, w * f), about [-1, 1].
 
@@ -118,7 +119,7 @@ class AutoencoderKL(FromSingleFile, Model):
         check_image("latents", z, self.config.latent_channels)
         return run(self._decode, z.to(self.dtype), tile, self.config.downscale, slice)
 
-    @torch.no_grad()
+    @own_modes()
     def encode(self, x: Tensor, *, tile: int | None = None, slice: bool = False) -> Posterior:
         """Pictures (N, in_channels, H, W) in [-1, 1] -> Posterior over latents (N, latent_channels, H/f,
         W/f).

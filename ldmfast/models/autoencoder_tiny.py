@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..errors import CheckpointError
+from ..torch_modes import own_modes
 from .base import Config, Model, unsupported
 from .gemm import Conv2d
 from .layers import channels_last
@@ -129,7 +129,7 @@ class AutoencoderTiny(Model):
         self.encoder = TinyEncoder(config)
         self.decoder = TinyDecoder(config)
 
-    @torch.no_grad()
+    @own_modes()
     def decode(self, z: Tensor, *, tile: int | None = None, slice: bool = False) -> Tensor:
         """Latents (N, latent_channels, h, w) -> pictures (N, out_channels, h * f, w * f), about [-1, 1], not
         clamped. tile, slice: as in AutoencoderKL.decode. Raises ShapeError."""
@@ -138,7 +138,7 @@ class AutoencoderTiny(Model):
         scale = c.upsampling_scaling_factor ** (len(c.num_decoder_blocks) - 1)
         return run(self.decoder, z.to(self.dtype), tile, scale, slice)
 
-    @torch.no_grad()
+    @own_modes()
     def encode(self, x: Tensor, *, tile: int | None = None, slice: bool = False) -> Tensor:
         """Pictures (N, in_channels, H, W) in [-1, 1] -> latents (N, latent_channels, H / f, W / f).
         tile (in latents), slice: as in AutoencoderKL.encode. Raises ShapeError."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, LdmfastError
 from ..ops._heap import freed_at_once
 from ..quantization import Plan
+from ..torch_modes import own_modes
 from .config_values import check_values
 from .gemm import Conv2d, Linear
 from .layers import Joined
@@ -115,6 +116,7 @@ class Model(nn.Module):
         return cls(config).requires_grad_(False).eval()
 
     @classmethod
+    @own_modes()
     def from_weights(cls: type[M], config: Config | Mapping[str, Any],
                      weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], *, pack: bool = False,
                      int8: Plan | None = None, dtype: torch.dtype | None = None) -> M:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import LdmfastError, ShapeError
+from ..torch_modes import own_modes
 from .base import Config, Model, unsupported
 from .direct import Direct
 from .gemm import Linear
@@ -166,7 +167,7 @@ class CLIPTextModel(_TextModel):
         self.encoder = _Encoder(config)
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    @torch.no_grad()
+    @own_modes()
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 output_hidden_states: bool = False) -> TextOutput:
         """input_ids: (N, T) int, T at most max_position_embeddings. attention_mask: (N, T), 1 keep and 0 hide.
@@ -204,7 +205,7 @@ class CLIPTextModelWithProjection(_TextModel):
     def _own_name(cls, name: str) -> str:
         return name if name.startswith((_PREFIX, "text_projection.")) else _PREFIX + name
 
-    @torch.no_grad()
+    @own_modes()
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
                 output_hidden_states: bool = False) -> ProjectedTextOutput:
         """As CLIPTextModel.forward, with text_embeds (N, projection_dim) in place of the pooled row."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import CheckpointError, LdmfastError, ShapeError
+from ..torch_modes import own_modes
 from .base import Config, Model, unsupported
 from .direct import Direct
 from .gemm import Linear
@@ -158,7 +159,7 @@ class DiT(FromSingleFile, Model):
             _share_embedders(network)
         return model
 
-    @torch.no_grad()
+    @own_modes()
     def prepare(self, timesteps: Tensor | Sequence[float] | float, *, class_labels: Tensor | None = None
                 ) -> TransformerState:
         """Computes what does not depend on the sample, for all timesteps of a call at once: the modulation of every
@@ -195,7 +196,7 @@ class DiT(FromSingleFile, Model):
                                     at=lambda number: rows(slice(number, number + 1))[0])
         return TransformerState({x: i for i, x in enumerate(times)}, which, rows(slice(None)), last, batch=len(labels))
 
-    @torch.no_grad()
+    @own_modes()
     def forward(self, sample: Tensor, timestep: Tensor | float, *, class_labels: Tensor | None = None,
                 state: TransformerState | None = None, cache: Session | None = None,
                 hooks: Hooks | None = None) -> Tensor:

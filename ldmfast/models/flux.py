@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import CheckpointError, LdmfastError, ShapeError
+from ..torch_modes import own_modes
 from .base import Config, Model, unsupported
 from .direct import Direct
 from .gemm import Linear
@@ -178,7 +179,7 @@ class FluxTransformer2D(FromSingleFile, Model):
         self.proj_out = Linear(dim, c.patch_size ** 2 * (c.out_channels or c.in_channels))
         self.modulations = Modulations(self)
 
-    @torch.no_grad()
+    @own_modes()
     def prepare(self, timesteps: Tensor | Sequence[float] | float, encoder_hidden_states: Tensor | None = None, *,
                 pooled_projections: Tensor | None = None, img_ids: Tensor | None = None,
                 txt_ids: Tensor | None = None, guidance: Tensor | None = None) -> JointState:
@@ -212,7 +213,7 @@ class FluxTransformer2D(FromSingleFile, Model):
                              f"({'tokens' if tokens is None else tokens}, {axes})")
         return ids.float()
 
-    @torch.no_grad()
+    @own_modes()
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor | None = None,
                 pooled_projections: Tensor | None = None, img_ids: Tensor | None = None, txt_ids: Tensor | None = None,
                 guidance: Tensor | None = None, *, state: JointState | None = None,

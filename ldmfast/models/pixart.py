@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import CheckpointError, LdmfastError, ShapeError
+from ..torch_modes import own_modes
 from .base import Config, Model
 from .direct import Direct
 from .dit import check_sizes
@@ -139,7 +140,7 @@ class PixArt(FromSingleFile, Model):
         if c.cross_attention_dim is not None:
             self.segments = ("cross", *self.segments)
 
-    @torch.no_grad()
+    @own_modes()
     def prepare(self, timesteps: Tensor | Sequence[float] | float, encoder_hidden_states: Tensor | None = None, *,
                 encoder_attention_mask: Tensor | None = None,
                 added_cond_kwargs: Mapping[str, Tensor | None] | None = None) -> TransformerState:
@@ -178,7 +179,7 @@ class PixArt(FromSingleFile, Model):
             () if prompt is None else tuple(b.attn2.keys_values(prompt) for b in blocks),
             self._bias("encoder_attention_mask", mask, batch), batch, spans=spans)
 
-    @torch.no_grad()
+    @own_modes()
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor | None = None, *,
                 encoder_attention_mask: Tensor | None = None, attention_mask: Tensor | None = None,
                 added_cond_kwargs: Mapping[str, Tensor | None] | None = None,

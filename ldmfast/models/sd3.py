@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import CheckpointError, LdmfastError, ShapeError
+from ..torch_modes import own_modes
 from .base import Config, Model, unsupported
 from .direct import Direct
 from .gemm import Linear
@@ -191,7 +192,7 @@ class SD3Transformer2D(FromSingleFile, Model):
         self.proj_out = Linear(dim, c.patch_size ** 2 * self.out_channels)
         self.modulations = Modulations(self)
 
-    @torch.no_grad()
+    @own_modes()
     def prepare(self, timesteps: Tensor | Sequence[float] | float, encoder_hidden_states: Tensor | None = None, *,
                 pooled_projections: Tensor | None = None) -> JointState:
         """Computes what does not depend on the sample, for all timesteps of a call at once.
@@ -207,7 +208,7 @@ class SD3Transformer2D(FromSingleFile, Model):
         return JointState({t: i for i, t in enumerate(times)}, self.modulations.project(embedding),
                           self.context_embedder(prompt.to(self.dtype)))
 
-    @torch.no_grad()
+    @own_modes()
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor | None = None,
                 pooled_projections: Tensor | None = None, *, state: JointState | None = None,
                 block_controlnet_hidden_states: Sequence[Tensor] | None = None,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..errors import LdmfastError
+from ..torch_modes import own_modes
 from .unet_config import UNet2DConfig
 from .unet_state import UNetState, as_list
 from .unet_trunk import UNetTrunk
@@ -26,7 +26,7 @@ class UNet2D(UNetTrunk):
     def __init__(self, config: UNet2DConfig):
         super().__init__(config)
 
-    @torch.no_grad()
+    @own_modes()
     def prepare(self, timesteps: Tensor | Sequence[float] | float, *,
                 class_labels: Tensor | None = None) -> UNetState:
         """Time embeddings of all timesteps of a call. class_labels: (N,) int, or (N, D) for identity
@@ -39,7 +39,7 @@ class UNet2D(UNetTrunk):
         return UNetState({t: i for i, t in enumerate(times)}, *self.places.project_times(emb), (), None,
                          None if label is None else len(label))
 
-    @torch.no_grad()
+    @own_modes()
     def forward(self, sample: Tensor, timestep: Tensor | float, *, class_labels: Tensor | None = None,
                 state: UNetState | None = None, cache: Session | None = None) -> Tensor:
         """sample (N, in_channels, H, W), any H and W -> (N, out_channels, H, W), channels-last.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LdmfastError, ShapeError
+from ..torch_modes import own_modes
 from .gemm import Linear
 from .hooks import Hooks
 from .layers import ACTIVATIONS, TimestepEmbedding, by_rows, timestep_embedding
@@ -42,7 +43,7 @@ class UNet2DCondition(FromSingleFile, UNetTrunk):
             size = config.projection_class_embeddings_input_dim or 0  # check() has refused None
             self.add_embedding = TimestepEmbedding(size, config.plan().time_dim)
 
-    @torch.no_grad()
+    @own_modes()
     def prepare(self, timesteps: Tensor | Sequence[float] | float,
                 encoder_hidden_states: Tensor | None = None, *, class_labels: Tensor | None = None,
                 added_cond_kwargs: Mapping[str, Tensor] | None = None, timestep_cond: Tensor | None = None,
@@ -80,7 +81,7 @@ class UNet2DCondition(FromSingleFile, UNetTrunk):
             emb = by_rows(act, emb.flatten(0, 1)).unflatten(0, emb.shape[:2])
         return UNetState({t: i for i, t in enumerate(times)}, *self.places.project_times(emb), prompts, bias, batch)
 
-    @torch.no_grad()
+    @own_modes()
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor | None = None, *,
                 class_labels: Tensor | None = None, timestep_cond: Tensor | None = None,
                 attention_mask: Tensor | None = None, cross_attention_kwargs: Mapping[str, Any] | None = None,

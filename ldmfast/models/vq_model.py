@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeError
+from ..torch_modes import own_modes
 from .base import Config, Model
 from .gemm import Conv2d
 from .layers import Embedding
@@ -86,7 +87,7 @@ class VQModel(Model):
         # diffusers sizes the spatial norms by latent_channels and feeds them the codes: the two must agree
         self.decoder = Decoder(c, c.latent_channels, c.latent_channels if c.norm_type == "spatial" else None)
 
-    @torch.no_grad()
+    @own_modes()
     def decode(self, h: Tensor, force_not_quantize: bool = False, *, tile: int | None = None,
                slice: bool = False) -> Tensor:
         """Latents (N, codes, h, w) -> pictures (N, out_channels, h * f, w * f), about [-1, 1].
@@ -108,7 +109,7 @@ class VQModel(Model):
             codes = h if force_not_quantize else self.quantize(h)
         return run(self._decode, codes, tile, c.downscale, slice)
 
-    @torch.no_grad()
+    @own_modes()
     def encode(self, x: Tensor, *, tile: int | None = None, slice: bool = False) -> Tensor:
         """Pictures (N, in_channels, H, W) in [-1, 1] -> latents (N, codes, H / f, W / f), not quantised.
         tile (in latents), slice: as in AutoencoderKL.encode. Raises ShapeError."""

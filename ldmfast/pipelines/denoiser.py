@@ -149,9 +149,10 @@ def guidance_embedding(scale: float, pictures: int, dim: int) -> torch.Tensor:
     """(pictures, dim) fp32 sinusoidal embedding of ``scale - 1`` times 1000, the input of guidance-distilled
     networks (Luo et al., "Latent Consistency Models", section 4.3; sin half first, as their release)."""
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    decay = torch.log(torch.tensor(10000.0, dtype=torch.float32)) / (half - 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -decay)
     angles = (scale - 1) * 1000.0 * frequencies
-    row = torch.cat([angles.sin(), angles.cos(), torch.zeros(dim % 2)])
+    row = torch.cat([angles.sin(), angles.cos(), torch.zeros(dim % 2, dtype=angles.dtype)])
     return row.expand(pictures, dim)
 
 

@@ -18,6 +18,7 @@ from ..caches import Policy
 from ..errors import LdmfastError
 from ..guidance import Guidance
 from ..samplers import StepTable, TimeGrid, make_table
+from ..torch_modes import own_modes
 from .inputs import GeneratorLike, number, prepare_image, prepare_mask, repeat_to
 from .joint import JointPipeline, JointRequest, number_of_steps, scale_of
 from .output import PipelineOutput
@@ -89,11 +90,12 @@ class FluxPipeline(JointPipeline):
 
     def conditions(self, request: JointRequest, rows: int, tokens: int) -> dict[str, Any]:
         h, w = request.height // self.multiple, request.width // self.multiple
-        ids = torch.zeros(h, w, 3)
+        ids = torch.zeros(h, w, 3, dtype=torch.float32)
         ids[..., 1], ids[..., 2] = torch.arange(h)[:, None], torch.arange(w)
-        found: dict[str, Any] = {"img_ids": ids.view(h * w, 3), "txt_ids": torch.zeros(tokens, 3)}
+        found: dict[str, Any] = {"img_ids": ids.view(h * w, 3), "txt_ids": torch.zeros(tokens, 3, dtype=torch.float32)}
         if self.unet.config.guidance_embeds:
-            found["guidance"] = torch.full((rows,), request.arguments["guidance_scale"], device=self.device)
+            found["guidance"] = torch.full((rows,), request.arguments["guidance_scale"], dtype=torch.float32,
+                                           device=self.device)
         return found
 
     def encode(self, texts: Sequence[list[str]], length: int, clip_skip: int | None) -> PromptEmbeds:
@@ -188,7 +190,7 @@ class FluxPipeline(JointPipeline):
 
     def _pixels(self, given: dict[str, Any], request: JointRequest) -> dict[str, Tensor]:
         found = {}
-        with torch.inference_mode():
+        with own_modes(torch.inference_mode):
             for name in self.takes:
                 prepare = prepare_mask if name == "mask_image" else prepare_image
                 found[name] = repeat_to(prepare(given[name], request.height, request.width), request.pictures,

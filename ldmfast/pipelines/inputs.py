@@ -42,9 +42,10 @@ class RandomSource:
         """fp32 normal numbers of ``shape`` (batch first), drawn on the generators' own device."""
         if self.joint:
             g = self.generators[0]
-            return torch.randn(tuple(shape), generator=g, device=g.device)
-        rows = [torch.randn((1, *shape[1:]), generator=g, device=g.device) for g in self.generators]
-        return torch.cat(rows) if rows else torch.empty(tuple(shape))
+            return torch.randn(tuple(shape), generator=g, device=g.device, dtype=torch.float32)
+        rows = [torch.randn((1, *shape[1:]), generator=g, device=g.device, dtype=torch.float32)
+                for g in self.generators]
+        return torch.cat(rows) if rows else torch.empty(tuple(shape), dtype=torch.float32)
 
     def states(self) -> list[torch.Tensor]:
         return [g.get_state() for g in self.generators]
@@ -73,7 +74,7 @@ def random_source(generator: GeneratorLike, pictures: int) -> RandomSource:
     if pictures > MOST:
         raise ShapeError(f"{pictures} pictures in one call: ask for {MOST} at most, and call several times")
     if generator is None:
-        generator = int(torch.randint(2**48, ()))
+        generator = int(torch.randint(2**48, (), device="cpu"))
     if isinstance(generator, torch.Generator):
         seed = _seed_of(generator) if pictures == 1 else None
         return RandomSource((generator,), True, (seed,) * pictures)

@@ -19,6 +19,7 @@ from ..guidance import from_settings as guidance_from
 from ..guidance import repeatable as all_plain
 from ..guidance.settle import check_suits, settle
 from ..samplers import StepTable
+from ..torch_modes import ordinary, own_modes
 from .guided import Guided
 from .inputs import RandomSource, check_callback, check_lists, check_size, number, random_source, texts_of, whole
 from .lora import active, check_active, fused_settings, settings_of
@@ -209,7 +210,7 @@ class JointPipeline(Pipeline):
 
     def run(self, request: JointRequest) -> PipelineOutput:
         """Encode, sample, decode."""
-        with torch.inference_mode(), fits_memory(cast(Any, request)):
+        with own_modes(torch.inference_mode), fits_memory(cast(Any, request)):
             conditions = self._conditions(request)
             x, beside = self.start(request)
             x, states = x.to(self.device), request.random.states()
@@ -226,7 +227,7 @@ class JointPipeline(Pipeline):
                     return JointDenoiser(self, request, self._conditions(request), beside), x, None
 
                 explain_not_finite(self, loop, networks, again)
-            images: Any = latents
+            images: Any = ordinary(latents)
             if request.output_type != "latent":
                 latents = self.unpack(latents, request.height, request.width)
                 images = to_output(decode(self, latents), request.output_type)

@@ -14,6 +14,7 @@ from ..guidance import check_guidance
 from ..samplers import StepTable, TimeGrid, sample
 from ..samplers import learn_grid as learn
 from ..samplers.sample import Denoiser
+from ..torch_modes import own_modes
 from .inputs import texts_of, whole
 from .open_call import OpenCall, open_call
 
@@ -24,7 +25,7 @@ _NOT_HERE = ("image", "mask_image", "strength", "callback_on_step_end", "setting
              "num_inference_steps")
 
 
-@torch.inference_mode()
+@own_modes(torch.inference_mode)
 def learn_grid(pipe: Pipeline, prompts: str | Sequence[str] | None = None, steps: int = 6, solver: str | None = None, *,
                pictures: int = 16, seed: int = 0, reference_steps: int | None = None, iterations: int = 8,
                progress: Callable[[int, float], None] | None = None, **call: Any) -> TimeGrid:

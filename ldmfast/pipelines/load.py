@@ -18,6 +18,7 @@ from ..models import REGISTRY, TEXT_ENCODERS
 from ..models.rowwise import check_device, plan_for
 from ..quantization import Plan, store
 from ..samplers import Schedule
+from ..torch_modes import own_modes
 from .t5_text import load_t5
 from .text import TextEncoder
 
@@ -208,6 +209,7 @@ def _scheduler_config(parts: Parts) -> dict[str, Any]:
     return config
 
 
+@own_modes()
 def load(parts: Parts, precision: str, dtype: torch.dtype, device: torch.device) -> Components:
     """Build every component that ``parts`` has. Raises CheckpointError with the file and part that is wrong."""
     names, part = set(parts.names), denoiser_part(parts)

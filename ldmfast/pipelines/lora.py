@@ -13,6 +13,7 @@ from ..errors import LdmfastError, ShapeError
 from ..loras.scales import as_weight
 from ..models import Model, UNet2D, UNet2DCondition
 from ..ops._heap import keep_freed_memory
+from ..torch_modes import own_modes
 
 if TYPE_CHECKING:
     from .load import Components
@@ -89,7 +90,7 @@ class LoraMethods:
         return found
 
     def _change(self, change: Callable[[loras.Stack], loras.Stack]) -> None:
-        with self._changing:
+        with own_modes(), self._changing:
             before = self.loaded
             stack = change(_stack(before))
             self.loaded = _cast(replace(before, loras=stack), stack.chosen)

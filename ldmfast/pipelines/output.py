@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from ..caches import CacheReport
 from ..errors import LdmfastError
+from ..torch_modes import ordinary
 
 _KEY = "ldmfast"
 
@@ -59,7 +60,7 @@ def to_output(pixels: torch.Tensor, output_type: str) -> Any:
     """(N, 3, H, W) in [-1, 1] to what ``output_type`` names: "pil", "np" or "pt"."""
     unit = (pixels.float() * 0.5 + 0.5).clamp_(0, 1)
     if output_type == "pt":
-        return unit
+        return ordinary(unit)
     array = unit.permute(0, 2, 3, 1).cpu().numpy()
     if output_type == "np":
         return array

@@ -18,6 +18,7 @@ from ..errors import CheckpointError, LdmfastError
 from ..guidance import Guidance
 from ..models import REGISTRY, DiT, FluxTransformer2D, PixArt, SD3Transformer2D
 from ..samplers import TimeGrid
+from ..torch_modes import own_modes
 from .inputs import GeneratorLike
 from .load import ASSETS, Components, load, read_defaults, resolve_device, resolve_precision
 from .lora import LoraMethods
@@ -179,7 +180,7 @@ class Pipeline(LoraMethods):
             return 2 ** (len(config.block_out_channels) - 1)
         return 2 ** (len(config.encoder_block_out_channels) - 1)
 
-    @torch.inference_mode()
+    @own_modes(torch.inference_mode)
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,

@@ -19,6 +19,7 @@ from ..errors import LdmfastError, ShapeError
 from ..models import DiT, PixArt
 from ..ops._load import reused_memory
 from ..samplers import StopSampling, sample
+from ..torch_modes import ordinary, outside
 from .aspect_ratio import fit
 from .denoiser import Conditions, Denoiser, NanFinder, finite, guidance_embedding, not_finite
 from .inputs import prepare_image, prepare_mask, repeat_to
@@ -99,7 +100,7 @@ def _run(pipe: Pipeline, request: Request) -> PipelineOutput:
                          *((f"text_encoder{end}", e.model) for end, e in zip(("", "_2"), one.text_encoders))]
         explain_not_finite(pipe, request, networks, prepare)
     if request.output_type == "latent":
-        images: Any = latents
+        images: Any = ordinary(latents)
     else:
         images = to_output(fit(decode(pipe, latents), *request.asked_size), request.output_type)
     return PipelineOutput(images, _settings(pipe, request), cancelled, report=CacheReport.of(denoiser.sessions))
@@ -263,16 +264,17 @@ def sample_latents(pipe: Pipeline, request: Request, denoiser: Denoiser, x: torc
 
 def _user_callback(request: Request, call: Call, step: int, t: float, latents: torch.Tensor) -> torch.Tensor:
     assert request.callback is not None
-    answer = request.callback(call, step, t, {"latents": latents})
+    given = ordinary(latents)  # what the callback changes in place counts, too
+    answer = outside(request.callback, call, step, t, {"latents": given})
     if answer is None:
-        return latents
-    if not isinstance(answer, dict) or not isinstance(answer.get("latents", latents), torch.Tensor):
+        return given
+    if not isinstance(answer, dict) or not isinstance(answer.get("latents", given), torch.Tensor):
         raise LdmfastError("callback_on_step_end must return None or a dict like {'latents': tensor}")
-    replaced = answer.get("latents", latents)
+    replaced = answer.get("latents", given)
     if replaced.shape != latents.shape:
         raise LdmfastError(f"callback_on_step_end returned latents {tuple(replaced.shape)} "
                            f"where {tuple(latents.shape)} are needed")
-    return replaced.to(latents)
+    return replaced.detach().to(latents)
 
 
 def explain_not_finite(pipe: Pipeline, request: Request, networks: Sequence[tuple[str, torch.nn.Module]],

@@ -17,6 +17,7 @@ import torch
 
 from ..errors import LdmfastError
 from ..models import Model
+from ..torch_modes import own_modes
 from .prompt_weights import Chunk, chunks, empty
 
 _LOCK = threading.Lock()
@@ -141,7 +142,7 @@ def _encode_chunks(encoder: TextEncoder, prompts: list[str], clip_skip: int | No
         row = states[chunk.ids]
         if all(w == 1 for w in chunk.weights):
             return row
-        weights = torch.tensor(chunk.weights, device=row.device)[:, None]
+        weights = torch.tensor(chunk.weights, dtype=torch.float32, device=row.device)[:, None]
         origin = states[nothing.ids].float()
         return torch.where(weights == 1, row, (origin + weights * (row.float() - origin)).to(row.dtype))
 
@@ -187,6 +188,6 @@ def encode_prompts(
             raise LdmfastError(f"clip_skip={clip_skip} leaves nothing of {layers} layers: choose 0 to {layers - 1}")
     distinct = list(dict.fromkeys(prompts))
     encode = _weighted_embeds if weighting else _plain_embeds
-    with torch.inference_mode():
+    with own_modes(torch.inference_mode):
         rows = encode(encoders, distinct, clip_skip, one_by_one)
         return rows if distinct == prompts else rows[torch.tensor([distinct.index(p) for p in prompts])]

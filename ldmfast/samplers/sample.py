@@ -19,6 +19,7 @@ from .step_table import Adapt, StepTable
 Denoiser = Callable[[Tensor, float, int], "Tensor | Sequence[Tensor | None]"]
 StepCallback = Callable[[int, float, Tensor], "Tensor | None"]
 NoiseFunction = Callable[[int, Tensor], Tensor]
+_DRAWN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # noise, whatever torch's defaults are
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -226,7 +227,7 @@ def noise_source(generator: Generators, x: Tensor) -> NoiseFunction:
     if not isinstance(generator, (list, tuple)):
         single: Any = generator
         _check_generator(single)
-        return lambda stage, like: _to(torch.randn(like.shape, generator=single), like)
+        return lambda stage, like: _to(torch.randn(like.shape, generator=single, **_DRAWN), like)
     generators = list(generator)
     if len(generators) != x.shape[0]:
         raise ShapeError(f"sample: {len(generators)} generators for {x.shape[0]} pictures; give one for each")
@@ -235,8 +236,8 @@ def noise_source(generator: Generators, x: Tensor) -> NoiseFunction:
 
     def draw(stage: int, like: Tensor) -> Tensor:
         shape = (1, *like.shape[1:])
-        noise = [torch.randn(shape, generator=g) for g in generators]
-        return _to(torch.cat(noise) if noise else torch.empty(like.shape), like)
+        noise = [torch.randn(shape, generator=g, **_DRAWN) for g in generators]
+        return _to(torch.cat(noise) if noise else torch.empty(like.shape, **_DRAWN), like)
 
     return draw
 

@@ -14,6 +14,7 @@ from ..pipelines.open_call import open_call
 from ..pipelines.output import to_output
 from ..pipelines.run import decode
 from ..samplers.sample import Denoiser
+from ..torch_modes import ordinary, own_modes
 from .methods import BestOfN, Method, PathSearch
 from .problem import Found, Problem, Verifier
 
@@ -24,7 +25,7 @@ _NOT_HERE = ("cache", "latents", "generator", "num_images_per_prompt", "image", 
              "callback_on_step_end", "settings")
 
 
-@torch.inference_mode()
+@own_modes(torch.inference_mode)
 def search(pipe: Pipeline, prompt: str, verifier: Verifier, method: Method | None = None, *, seed: int = 0,
            batch: int = 8, latent: bool = False, **call: Any) -> Found:
     """The picture of ``prompt`` that the verifier scores highest among those a method draws.
@@ -66,9 +67,9 @@ def search(pipe: Pipeline, prompt: str, verifier: Verifier, method: Method | Non
     method = method or BestOfN()
     best = method.run(problem)
     alone = isinstance(method, BestOfN)
-    return Found(best.ends, float(best.scores[0]), tuple(problem.history), problem.evaluations, problem.verified,
-                 seed=best.seeds[0] if alone else None,
-                 noise=None if isinstance(method, PathSearch) else best.noise,
+    return Found(ordinary(best.ends), float(best.scores[0]), tuple(problem.history), problem.evaluations,
+                 problem.verified, seed=best.seeds[0] if alone else None,
+                 noise=None if isinstance(method, PathSearch) or best.noise is None else ordinary(best.noise),
                  picture=to_output(pixels(best.ends), "pil")[0])
 
 
