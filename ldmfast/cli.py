@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -178,6 +181,8 @@ def _check_out(out: Path) -> None:
         raise LdmfastError(f"--out {out} does not end in .png: the settings are kept in PNG metadata")
     if not out.parent.is_dir():
         raise LdmfastError(f"folder {out.parent} does not exist: create it or choose another --out")
+    if not os.access(out.parent, os.W_OK):
+        raise LdmfastError(f"folder {out.parent} cannot be written to: choose another --out")
     if out.is_dir():
         raise LdmfastError(f"--out {out} is a folder: give the name of a PNG in it")
 
@@ -325,7 +330,12 @@ def info() -> None:
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except OSError as error:  # of a full disk, where a shell has sent our output; commands tell of their own files
+        with suppress(OSError):
+            typer.echo(f"ldmfast: the output cannot be written ({error.strerror or error})", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

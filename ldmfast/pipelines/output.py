@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,16 +92,15 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], settings: dict[st
 @contextmanager
 def replacing(target: Path) -> Iterator[IO[bytes]]:
     """A file to write to under a temporary name beside ``target``, which it becomes when it is whole."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=f"{target.suffix}.part")
+    # not tempfile's: such a file is its owner's alone, and what it should be cannot be asked without setting the
+    # umask, which is the whole process's: two threads that do so at once may leave it at 0
+    temporary = target.with_name(f"{secrets.token_hex(8)}{target.suffix}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             yield file
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

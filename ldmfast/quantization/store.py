@@ -8,7 +8,6 @@ the plan and a fingerprint of the weights that it was made from.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -31,16 +30,17 @@ NAME = "ldmfast_int8.safetensors"
 
 def save(path: Path, model: Model, plan: Plan, fingerprint: str) -> None:
     """Writes the int8 file of a network with plain weights (not packed). Written under another name, then renamed."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = path.with_suffix(".new")
+    from ..pipelines.output import replacing
+
+    metadata = {"ldmfast_int8": plan.to_json(), "weights": fingerprint}
     try:
-        save_file(dict(_tensors(model, plan)), temporary, {"ldmfast_int8": plan.to_json(), "weights": fingerprint})
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        with replacing(path) as file:
+            save_file(dict(_tensors(model, plan)), file.name, metadata)
+    except (OSError, SafetensorError) as error:  # the second for a full disk
+        raise CheckpointError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
 def _tensors(model: Model, plan: Plan) -> Iterator[tuple[str, Tensor]]:
