@@ -332,6 +332,9 @@ def info() -> None:
 def main() -> None:
     try:
         app()
+    except LdmfastError as error:  # LDMFAST_CPU_ISA, which is read when a command imports the kernels
+        typer.echo(f"ldmfast: {error}", err=True)
+        sys.exit(2)
     except OSError as error:  # of a full disk, where a shell has sent our output; commands tell of their own files
         with suppress(OSError):
             typer.echo(f"ldmfast: the output cannot be written ({error.strerror or error})", err=True)

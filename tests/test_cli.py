@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from PIL import Image
 from ldmfast.pipelines import read_settings
 
 
-def ldmfast(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def ldmfast(*words: str, cwd: Path, stdout: Any = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).resolve().parent.parent
     env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "COLUMNS": "200"}
     return subprocess.run([sys.executable, "-m", "ldmfast.cli", *words], cwd=cwd, env=env, text=True,
-                          capture_output=True, timeout=300)
+                          stdout=stdout, stderr=subprocess.PIPE, timeout=300)
 
 
 def test_generate_then_repeat_from_the_png(tmp_path):
@@ -96,3 +97,20 @@ def test_convert(tmp_path):
     assert again.returncode == 2 and "exists already" in again.stderr and "Traceback" not in again.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
     assert "Examples" in ldmfast("convert", "--help", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("words", [("info",), ("quantize", "x")])
+def test_a_wrong_isa_is_one_line_of_every_command(tmp_path, monkeypatch, words):
+    """It is told when the kernels are imported, which some commands did outside of what they catch."""
+    monkeypatch.setenv("LDMFAST_CPU_ISA", "nonsense")
+    done = ldmfast(*words, cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("ldmfast: LDMFAST_CPU_ISA='nonsense'")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_output_that_cannot_be_written_is_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = ldmfast("info", cwd=tmp_path, stdout=full)
+    assert done.returncode == 1 and done.stderr.splitlines() == [
+        "ldmfast: the output cannot be written (No space left on device)"]

@@ -25,7 +25,7 @@ def closed() -> io.StringIO:
     return file
 
 
-@pytest.mark.parametrize("file", [FullDisk, closed])
+@pytest.mark.parametrize("file", [FullDisk, closed, lambda: None])
 def test_pictures_are_drawn_where_the_bar_cannot_be(file, monkeypatch):
     pipe = ldmfast.Pipeline.tiny()
 

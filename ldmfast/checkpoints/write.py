@@ -24,13 +24,14 @@ _NARROW = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)  # float32's a
 
 
 @contextlib.contextmanager
-def in_place(target: Path) -> Iterator[Path]:
+def in_place(target: Path, over: bool = False) -> Iterator[Path]:
     """A path beside ``target`` to write a file or folder at; it gets the name ``target`` when the block ends well.
 
-    Whatever ends the process before that leaves at most ``.<name>.<pid>.part``, which the next write of the same target
-    removes. Raises CheckpointError when target exists, or cannot be written.
+    over: a file of that name is replaced. Whatever ends the process before that leaves at most ``.<name>.<pid>.part``,
+    which the next write of the same target removes. Raises CheckpointError when target exists (unless ``over``), or
+    cannot be written.
     """
-    if os.path.lexists(target):
+    if not over and os.path.lexists(target):
         raise CheckpointError(f"{target}: exists already; remove it, or give another name")
     if not target.parent.is_dir():
         raise CheckpointError(f"{target}: folder {target.parent} does not exist; create it")
@@ -38,7 +39,7 @@ def in_place(target: Path) -> Iterator[Path]:
     part = _part(target, os.getpid())
     try:
         yield part
-        os.rename(part, target)
+        (os.replace if over else os.rename)(part, target)
         with contextlib.suppress(OSError):  # not every file system lets a folder be synchronised
             _synchronise(target.parent)
     except OSError as error:

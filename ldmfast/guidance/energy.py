@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import LdmfastError, ShapeError
 from .guide import At, Guidance, Outs
-from .levels import moved, picture_of
+from .levels import moved, not_pure_noise, picture_of
 from .scaled import check_number, check_range
 
 
@@ -64,7 +64,7 @@ class Energy(_Gradient):
             return e
         picture = picture_of(e, at.x.to(e.dtype), at.alpha, at.sigma, at.call.prediction)
         push = gradient(self.energy, picture).to(e.dtype)
-        return moved(e, self.scale * at.sigma / at.alpha * push, at.alpha, at.sigma, at.call.prediction)
+        return moved(e, self.scale * at.sigma / not_pure_noise(at.alpha) * push, at.alpha, at.sigma, at.call.prediction)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": "Energy", "scale": self.scale, "start": self.start, "stop": self.stop,

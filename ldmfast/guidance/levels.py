@@ -35,10 +35,20 @@ def picture_of(e: Tensor, x: Tensor, alpha: float, sigma: float, prediction: str
     return e if prediction == "sample" else x - sigma * e
 
 
+def not_pure_noise(alpha: float) -> float:
+    """alpha, to divide by. Raises LdmfastError at pure noise, where flow schedules and zero terminal SNR start."""
+    if alpha == 0:
+        raise LdmfastError("at pure noise, this model's first step, no finite push moves the picture; give the "
+                           "guidance a start behind that step, such as start=0.1 for 10 steps or more")
+    return alpha
+
+
 def moved(e: Tensor, noise: Tensor, alpha: float, sigma: float, prediction: str) -> Tensor:
-    """The prediction whose noise is greater by ``noise``, at the same x."""
+    """The prediction whose noise is greater by ``noise``, at the same x. Raises LdmfastError at pure noise, unless it
+    is an epsilon."""
     if prediction == "epsilon":
         return e + noise
+    alpha = not_pure_noise(alpha)
     if prediction == "sample":
         return e - sigma / alpha * noise
     if prediction == "v_prediction":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import LdmfastError
 from .guide import COND, Array, At, Branch, Call, Guidance, Outs, Source, exact
-from .levels import moved, picture_of
+from .levels import moved, not_pure_noise, picture_of
 from .scaled import check_number, check_range
 
 
@@ -82,4 +82,4 @@ class Minority(Guidance):
         shown = source.shown(x, cond, None, at)
         restored = picture_of(exact(outs[branch]), shown, source.alpha, source.sigma, prediction)
         push = 2 * (picture - restored)  # of the squared distance, by the picture
-        return moved(e, -self.scale * at.sigma / at.alpha * push, at.alpha, at.sigma, prediction)
+        return moved(e, -self.scale * at.sigma / not_pure_noise(at.alpha) * push, at.alpha, at.sigma, prediction)

@@ -167,11 +167,19 @@ class Model(nn.Module):
         plan = self.plan
         return self.variants[max((plan.at(t) for t in timesteps), key=lambda i: len(plan.ranges[i].kept), default=0)]
 
-    def _variant(self: M, kept: frozenset[str]) -> M:
+    def __deepcopy__(self: M, memo: dict[int, Any]) -> M:
+        """Shares what is packed for kernels: it is never written, and torch cannot copy oneDNN's layouts."""
         layers = [m for m in self.modules() if isinstance(m, (Linear, Conv2d))]
-        shared: list[Any] = [*self.parameters(), *self.buffers(), *(m.int8 for m in layers if m.int8 is not None)]
+        shared: list[Any] = [m.int8 for m in layers if m.int8 is not None]
         shared += [m.layout for m in layers if isinstance(m, Conv2d) and m.layout is not None]
-        twin = copy.deepcopy(self, {id(x): x for x in shared})
+        shared += [t for t in (*self.parameters(), *self.buffers()) if t.is_mkldnn]
+        memo |= {id(x): x for x in shared}
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def _variant(self: M, kept: frozenset[str]) -> M:
+        twin = copy.deepcopy(self, {id(t): t for t in (*self.parameters(), *self.buffers())})
         for name, layer in twin.named_modules():
             if name in kept and isinstance(layer, (Linear, Conv2d)):
                 layer.int8 = None

@@ -242,7 +242,7 @@ def repeat_to(x: torch.Tensor, pictures: int, what: str) -> torch.Tensor:
 
 def whole(name: str, value: Any, least: int) -> int:
     try:
-        found = least - 1 if isinstance(value, bool) else operator.index(value)
+        found = least - 1 if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except (TypeError, ValueError):  # arrays have __index__, and raise in it
         found = least - 1
     if found < least:

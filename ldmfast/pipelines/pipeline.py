@@ -314,6 +314,23 @@ class Pipeline(LoraMethods):
 
         return learn_grid(self, prompts, steps, solver, **options)
 
+    def __copy__(self) -> Pipeline:
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pipeline:
+        """One that shares the weights, which nobody writes; adapters, engine and settings are its own."""
+        twin = copy.copy(self)
+        twin._changing, twin.siblings, twin.tuned = threading.Lock(), {}, dict(self.tuned)
+        twin.engine = None if self.engine is None else _engine(self.device)
+        return twin
+
+    def __reduce__(self) -> Any:
+        """Raises LdmfastError: there are no pickles of pipelines."""
+        raise LdmfastError("a pipeline cannot be pickled, since its weights lie as this processor's kernels read them: "
+                           "open it in every process with Pipeline.from_pretrained (forked ones may use it as it is)")
+
     def __repr__(self) -> str:
         return f"ldmfast.Pipeline({self.source!r}, precision={self.precision!r}, device={str(self.device)!r})"
 

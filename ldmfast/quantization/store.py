@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import safetensors
+from ..checkpoints.write import Writer, in_place
 from ..errors import CheckpointError
 from ..models.base import Model
 from ..models.gemm import Conv2d, Linear
@@ -29,18 +30,16 @@ NAME = "ldmfast_int8.safetensors"
 
 
 def save(path: Path, model: Model, plan: Plan, fingerprint: str) -> None:
-    """Writes the int8 file of a network with plain weights (not packed). Written under another name, then renamed."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    """Writes the int8 file of a network with plain weights (not packed), in place of an older one.
 
-    from ..pipelines.output import replacing
-
-    metadata = {"ldmfast_int8": plan.to_json(), "weights": fingerprint}
-    try:
-        with replacing(path) as file:
-            save_file(dict(_tensors(model, plan)), file.name, metadata)
-    except (OSError, SafetensorError) as error:  # the second for a full disk
-        raise CheckpointError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+    Raises CheckpointError.
+    """
+    tensors = dict(_tensors(model, plan))
+    entries = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    with (in_place(path, over=True) as part,
+          Writer(part, entries, {"ldmfast_int8": plan.to_json(), "weights": fingerprint}) as file):
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
 
 
 def _tensors(model: Model, plan: Plan) -> Iterator[tuple[str, Tensor]]:

@@ -96,7 +96,7 @@ def compile_table(table: StepTable) -> Plan:
             float(table.network_times[i]), scale, x0, bool(table.needs_noise[i]), tuple(moves),
             tuple(combinations), tuple(bool(v) for v in table.needs_prediction[i]), step,
             bool(table.step_end[i]), float(table.timesteps[step]), table.adapts[i] if table.adapts else None))
-    plan = Plan(tuple(stages), torch.tensor(flat, dtype=torch.float64))
+    plan = Plan(tuple(stages), torch.tensor(flat, dtype=torch.float64, device="cpu"))
     table.__dict__["_plan"] = plan
     return plan
 

@@ -114,6 +114,19 @@ def test_energy_in_a_pipeline(tiny) -> None:
             pipe(PROMPTS[0], **CALL, guidance=Energy(energy=bad))
 
 
+@pytest.mark.parametrize("guidance", [
+    lambda start: Energy(energy=lambda p: p.square().sum((1, 2, 3)), start=start),
+    lambda start: Classifier(log_prob=lambda x, t: -x.square().sum((1, 2, 3)), start=start),
+    lambda start: Minority(scale=0.1, start=start)])
+def test_pushes_of_a_flow_start_behind_pure_noise(guidance) -> None:
+    """They divided by an alpha of zero, in Python."""
+    pipe = ldmfast.Pipeline.tiny("dit")
+    call = {"num_inference_steps": 3, "output_type": "latent", "progress": False, "generator": 0}
+    with pytest.raises(ldmfast.LdmfastError, match="at pure noise"):
+        pipe(PROMPTS[0], guidance=guidance(0.0), **call)
+    assert not torch.equal(pipe(PROMPTS[0], guidance=guidance(0.4), **call).images, pipe(PROMPTS[0], **call).images)
+
+
 def test_minorities_are_rarer() -> None:
     """Mean log-density of what is drawn falls; the exact denoiser stands in for the network at both levels."""
     law = Mixture([[-1.5, 0.0], [1.5, 0.0]], [0.95, 0.05], 0.4)
