@@ -179,12 +179,16 @@ def _check_out(out: Path) -> None:
     """Before heavy work: the folder is there and the name is a PNG's."""
     if out.suffix.lower() != ".png":
         raise LdmfastError(f"--out {out} does not end in .png: the settings are kept in PNG metadata")
+    _check_folder(out)
+    if out.is_dir():
+        raise LdmfastError(f"--out {out} is a folder: give the name of a PNG in it")
+
+
+def _check_folder(out: Path) -> None:
     if not out.parent.is_dir():
         raise LdmfastError(f"folder {out.parent} does not exist: create it or choose another --out")
     if not os.access(out.parent, os.W_OK):
         raise LdmfastError(f"folder {out.parent} cannot be written to: choose another --out")
-    if out.is_dir():
-        raise LdmfastError(f"--out {out} is a folder: give the name of a PNG in it")
 
 
 def _repeat(png: Path, model: str | None, device: str, image: Path | None, mask: Path | None, quiet: bool) -> Any:
@@ -303,8 +307,7 @@ def tune_steps(
         typer.echo(f"iteration {iteration}: latent error {error:.4f}", err=True)
 
     try:
-        if not out.parent.is_dir():
-            raise LdmfastError(f"folder {out.parent} does not exist: create it or choose another --out")
+        _check_folder(out)
         pipe = _open(model, precision, device)
         grid = pipe.learn_grid(None if prompts is None else _lines(prompts), steps, solver, pictures=pictures,
                                iterations=iterations, progress=None if quiet else tell,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +16,11 @@ from PIL import Image
 import ldmfast
 from ldmfast.models import UNet2D
 from ldmfast.pipelines.output import save_png
+from ldmfast.pipelines.pipeline import ASSETS
 from ldmfast.quantization import Plan, store
+from ldmfast.quantization.calibrate import quantize
 
+TINY = ASSETS / "tiny"
 CONFIG = {"sample_size": 8, "block_out_channels": (32, 32), "down_block_types": ("DownBlock2D",) * 2,
           "up_block_types": ("UpBlock2D",) * 2, "layers_per_block": 1, "norm_num_groups": 8}
 
@@ -39,6 +44,15 @@ def test_an_int8_file_that_does_not_fit_the_disk(tmp_path, full_disk):
         store.save(file, model, Plan(), "f")
     assert str(file) in str(error.value) and "\n" not in str(error.value)
     assert os.listdir(tmp_path) == [file.name] and file.read_bytes() == b"of an earlier run"
+
+
+def test_a_read_only_model_is_refused_before_it_is_measured(tmp_path, monkeypatch):
+    """The pictures were drawn first, minutes of them. root may write anywhere, so the answer stands in here."""
+    folder = shutil.copytree(TINY, tmp_path / "tiny")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder / "unet")
+    monkeypatch.setattr(ldmfast.Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(ldmfast.CheckpointError, match="read-only"):
+        quantize(folder, progress=False)
 
 
 def test_writers_leave_the_umask_alone(tmp_path, monkeypatch):

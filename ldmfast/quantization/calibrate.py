@@ -99,6 +99,10 @@ def quantize(path: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, 
         raise LdmfastError("quantize needs at least one prompt to draw: leave prompts out to use its own")
     single = Path(path).is_file()
     parts = checkpoints.open_single_file(Path(path)) if single else checkpoints.open_folder(Path(path), variant=variant)
+    file = int8_file(parts)
+    if not os.access(file.parent, os.W_OK):
+        raise CheckpointError(f"{file}: cannot be written, since its folder is read-only; copy the model to one "
+                              "that is not")
     pipe = (Pipeline.from_single_file(path, precision="bf16") if single
             else Pipeline.from_pretrained(path, precision="bf16", variant=variant))
     meter = Meter(pipe.unet)
@@ -114,7 +118,6 @@ def quantize(path: str | os.PathLike[str], *, prompts: Sequence[str] = PROMPTS, 
     name = config.get("_class_name") or parts.class_name(part)
     if name not in REGISTRY:
         raise CheckpointError(f"{parts.path}: part {part!r} is a {name}, which is not supported")
-    file = int8_file(parts)
     del pipe, meter
     store.save(file, REGISTRY[name][1].from_weights(config, parts.weights(part)), plan, fingerprint_of(parts))
     return Report(file, plan, tuple(ends), weights)
