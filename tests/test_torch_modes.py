@@ -13,6 +13,7 @@ import ldmfast
 from ldmfast.guidance import Minority
 from ldmfast.models import from_diffusers
 from ldmfast.samplers import Schedule, sample
+from ldmfast.tuning import Settings
 
 
 @contextlib.contextmanager
@@ -134,3 +135,18 @@ def test_a_callback_has_the_callers_default_device():
     with default_device("meta"):
         draw(ldmfast.Pipeline.tiny(), callback_on_step_end=lambda *_: devices.append(torch.zeros(1).device.type))
     assert set(devices) == {"meta"}
+
+
+@pytest.mark.parametrize("mode", ["float64", "meta"])
+def test_a_certificate_is_the_same(mode):
+    """certify made tensors of its own on the caller's device."""
+    pipe = ldmfast.Pipeline.tiny()
+
+    def report():
+        return pipe.certify(["a red circle", "a ring"], Settings(precision="bf16", steps=2),
+                            reference=Settings(steps=2), progress=False)
+
+    expected = report()
+    with MODES[mode]():
+        found = report()
+    assert found.psnr == expected.psnr and found.latent_error == expected.latent_error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LdmfastError
+from ..torch_modes import own_modes
 from . import measure
 from .measure import Drawn
 from .metrics import latent_errors, psnr, ssim
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 Judge = Callable[[Tensor, Sequence[str]], Sequence[Mapping[str, bool]]]
 
 
+@own_modes()
 def certify(pipe: Pipeline, prompts: Sequence[str], settings: Settings | str = "auto", *,
             seeds: Sequence[int] | int = 0, reference: Settings | None = None, judge: Judge | None = None,
             batch: int = 1, progress: bool = True, **call: Any) -> Report:

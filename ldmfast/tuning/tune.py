@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..errors import LdmfastError
 from ..pipelines.output import replacing
+from ..torch_modes import own_modes
 from . import measure as measuring
 from . import plans, search, space
 from .bounds import mean_bound, one_bound, share_bound
@@ -63,6 +64,7 @@ class Front:
                      "speed-up over the reference", label, (720, 420), self.limit)
 
 
+@own_modes()
 def tune(pipe: Pipeline, prompts: Sequence[str], *, min_psnr: float | None = None,
          max_latent_error: float | None = None, budget_s: float = 300.0, seed: int = 0,
          path: str | os.PathLike[str] | None = None, reference: Settings | None = None, batch: int = 1,
@@ -107,8 +109,13 @@ def tune(pipe: Pipeline, prompts: Sequence[str], *, min_psnr: float | None = Non
     pipe.tuned.update(settings=found, front=front, file=target)
     if target is not None:
         found.save(target)
-        with replacing(target.with_suffix(".png")) as file:
-            front.plot().save(file, format="PNG")
+        plot = target.with_suffix(".png")
+        try:
+            with replacing(plot) as file:
+                front.plot().save(file, format="PNG")
+        except OSError as error:
+            raise LdmfastError(f"{plot}: cannot be written ({error.strerror or error}); the settings are in {target} "
+                               "and on this pipeline") from error
     return found
 
 

@@ -328,6 +328,19 @@ def test_nothing_that_keeps_the_promise_gives_the_reference(tiny, small):
     tiny.tuned.clear()
 
 
+def test_a_plot_that_cannot_be_written_loses_no_settings(tiny, small, tmp_path, monkeypatch):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["ldmfast.tuning.tune"].Front, "plot", full)
+    with pytest.raises(ldmfast.LdmfastError, match=r"own\.png: cannot be written \(No space.*are in .*own\.json"):
+        tiny.tune(PROMPTS, max_latent_error=1e-7, budget_s=1e6, path=tmp_path / "own.json",
+                  reference=Settings(steps=2), batch=12, progress=False)
+    assert [f.name for f in tmp_path.iterdir()] == ["own.json"]
+    assert Settings.load(tmp_path / "own.json") == tiny.tuned["settings"]
+    tiny.tuned.clear()
+
+
 def test_the_budget_ends_the_search(tiny, small, monkeypatch):
     """No trial begins once it is over."""
     clock = [0.0]
