@@ -21,9 +21,12 @@ Bind = Callable[["TimeGrid | int"], tuple[StepTable, Denoiser]]
 Progress = Callable[[int, float], None]
 
 _NUDGE = (0.02, 0.03)  # difference quotients: of log sigma, and of a tenth of the training time
-_STARTS = ((3.0, 2.5), (6.0, 2.5))  # even log sigmas, from the usual first over this to the usual last over that
+_WIDE = 5  # times these while it pays: quotients over a longer way see past a picture's small jumps
+# first levels over the first, last over the second of the usual grid's, even in log sigma but for the first step, which
+# is so many times the others
+_STARTS = ((3.0, 2.5, 1.0), (6.0, 2.5, 1.0), (3.5, 2.5, 1.5))
 _LEAP = 0.6  # the most that one iteration moves either, in the same units
-_ENOUGH = 0.01  # two iterations in a row that gain less, relative to the error, end it
+_ENOUGH = 0.01  # after an iteration that gains less, relative to the error, quotients are narrow; the third ends it
 
 
 def learn_grid(bind: Bind, noise: Tensor, target: Tensor, schedule: Schedule, solver: str, steps: int, *,
@@ -34,10 +37,11 @@ def learn_grid(bind: Bind, noise: Tensor, target: Tensor, schedule: Schedule, so
     land nearer. Its objective is minimised by Gauss-Newton steps with damping (Marquardt 1963) rather than by
     stochastic gradients: there are a dozen unknowns and thousands of residuals, so the derivatives by differences cost
     as many runs as there are unknowns, and need nothing of the network but its forward. What lies before the step
-    that is nudged is not computed again. The search starts from the best of the usual grid and some that are even in
-    log sigma. Minimised are the pictures' root mean squares, half their arithmetic mean, half their geometric (of the
-    logarithms), by reweighted squares: the few pictures in which a small change turns one thing into another, whose
-    derivatives tell little, then do not outweigh the others.
+    that is nudged is not computed again. The differences are wide at first: where small changes turn one thing into
+    another, narrow ones tell little of what a real step does. The search starts from the best of the usual grid and
+    some that are even in log sigma, or nearly. Minimised are the pictures' root mean squares, half their arithmetic
+    mean, half their geometric (of the logarithms), by reweighted squares: the few pictures in which a small change
+    turns one thing into another, whose derivatives tell little, then do not outweigh the others.
 
     bind(grid or number of steps): the step table of that grid, or of the solver's usual one, and a denoiser for it. Its
     answers must not depend on earlier ones: evaluations before the nudged step are not asked for again.
@@ -58,14 +62,14 @@ def learn_grid(bind: Bind, noise: Tensor, target: Tensor, schedule: Schedule, so
     run = min((fit.run(p) for p in unknowns.starts()), key=lambda run: run.typical)
     damping, small = 0.03, 0
     for iteration in range(iterations):
-        found = fit.improved(run, damping)
-        if found is None:
+        found = fit.improved(run, damping, 1 if small else _WIDE)
+        if found is None and small:
             break
-        before, (run, damping) = run.typical, found
+        before, (run, damping) = run.typical, found or (run, damping)
         if progress is not None:
             progress(iteration + 1, run.error)
         small = small + 1 if run.typical > before - _ENOUGH else 0
-        if small == 2:
+        if small == 3:
             break
     if run.error >= default_error:
         raise LdmfastError(f"learn_grid: no grid of {steps} steps was found that is nearer than {solver}'s usual one "
@@ -109,9 +113,10 @@ class _Unknowns:
         """The usual grid, and for solvers that may begin at any level some that are even in log sigma."""
         found = [self.usual]
         if self.first is None and self.levels > 2:
-            for later, lower in _STARTS:
+            for later, lower, first in _STARTS:
                 p = self.usual.copy()
-                p[:self.levels] = np.linspace(p[0] - np.log(later), p[self.levels - 1] - np.log(lower), self.levels)
+                even = np.append(0, np.arange(self.levels - 1) + first)
+                p[:self.levels] = np.interp(even, even[[0, -1]], p[[0, self.levels - 1]] - np.log([later, lower]))
                 found.append(p)
         return [p for p in found if self.falls(p)]
 
@@ -133,12 +138,15 @@ class _Unknowns:
         sigmas = self.sigmas(p)
         return sigmas, ((self.own(sigmas) + self.within(p)[self.levels:]) * self.unit).tolist()
 
-    def nudge(self, p: Array, k: int) -> float:
-        """A small change of one unknown, away from its bounds: the next level's, and the latest time."""
+    def nudge(self, p: Array, k: int, wide: float) -> float:
+        """A change of one unknown that keeps within its bounds: the levels beside it, and the latest time."""
+        step = wide * _NUDGE[k >= self.levels]
         if k < self.levels:
-            return -_NUDGE[0] if k and p[k] + 2 * _NUDGE[0] > p[k - 1] else _NUDGE[0]
-        late = self.own(self.sigmas(p))[k - self.levels] + p[k] + _NUDGE[1] > self.latest
-        return -_NUDGE[1] if late else _NUDGE[1]
+            above = p[k - 1] - p[k] if k else np.inf
+            below = p[k] - p[k + 1] if k + 1 < self.levels else np.inf
+            return float(min(step, above / 3) if above >= below else -min(step, below / 3))
+        late = self.own(self.sigmas(p))[k - self.levels] + p[k] + step > self.latest
+        return -step if late else step
 
 
 @dataclass(frozen=True)
@@ -192,11 +200,11 @@ class _Fit:
         end = sample(remember, self.noise * table.init_noise_sigma, table=table)
         return _Run(p, table, end, _errors(end, self.target), predictions)
 
-    def improved(self, run: _Run, damping: float) -> tuple[_Run, float] | None:
+    def improved(self, run: _Run, damping: float, wide: float) -> tuple[_Run, float] | None:
         """A better run and the next damping, or None if no step along the Gauss-Newton direction is one."""
         columns = []
         for k in range(len(run.p)):
-            step = self.unknowns.nudge(run.p, k)
+            step = self.unknowns.nudge(run.p, k, wide)
             nudged = run.p.copy()
             nudged[k] += step
             columns.append((self.run(nudged, run).end.double() - run.end.double()).flatten(1) / step)
