@@ -23,6 +23,13 @@ class Boosted(AttnProcessor):
         return 1.5 * super().__call__(*args, **kwargs)
 
 
+class Learned(torch.nn.Module):
+    """A processor with weights, as IP-Adapter's: torch keeps it among the children, not among the attributes."""
+
+    def forward(self, *args, **kwargs):
+        return 1.5 * AttnProcessor()(*args, **kwargs)
+
+
 class LoraLinear(torch.nn.Module):
     """As LoRA libraries do it: a module of their own in place of the linear."""
 
@@ -73,6 +80,7 @@ def _dropout(m):
 CHANGES = {
     "freeu": (lambda m: m.enable_freeu(0.9, 0.2, 1.2, 1.4), "FreeU"),
     "processor": (lambda m: m.set_attn_processor(Boosted()), "processor' was changed to Boosted"),
+    "learned processor": (lambda m: m.set_attn_processor(Learned()), "processor' was changed to Learned"),
     "fused projections": (lambda m: m.fuse_qkv_projections(), "fuse_qkv_projections"),
     "lora": (_lora, "LoraLinear"),
     "hook": (lambda m: m.mid_block.register_forward_hook(lambda *x: 2 * x[2]), "'mid_block' has a forward hook"),

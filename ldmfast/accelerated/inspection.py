@@ -83,7 +83,10 @@ def _changed(path: str, now: dict[str, Any], then: dict[str, Any]) -> str | None
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in vars(module).items()
+    found = dict(vars(module))
+    if "processor" in module._modules:  # one with weights, such as IP-Adapter's
+        found["processor"] = module._modules["processor"]
+    return {k: v for k, v in found.items()
             if k not in _INTERNAL and k not in _HARMLESS and not _empty_registry(k, v)}
 
 

@@ -3,8 +3,9 @@
     cd <a checkout of diffusers>
     PYTHONPATH=<ldmfast>/tests/diffusers_suite:<ldmfast> python -m pytest -p ldmfast_plugin tests/models/unets
 
-Every model of a class that ldmfast knows gets the accelerated forward when it is built. At the end a table says how
-many calls the native networks served, and how many diffusers served, for which reasons. ``--ldmfast-precision bf16``
+Every model of a class that ldmfast knows gets the accelerated forward when it is built, and every pipeline is shared by
+threads when it has its components, as ``accelerate`` does both. At the end a table says how many calls the native
+networks served, and how many diffusers served, for which reasons. ``--ldmfast-precision bf16``
 (or int8): then tests that compare with numbers of diffusers' fail by design, and none may crash.
 """
 
@@ -16,7 +17,8 @@ import functools
 import diffusers
 import pytest
 
-from ldmfast.accelerated import calls, state
+from ldmfast import accelerated
+from ldmfast.accelerated import calls, state, threads
 
 served: collections.Counter[str] = collections.Counter()
 refused: collections.Counter[str] = collections.Counter()
@@ -29,12 +31,21 @@ def _accelerate_when_built(kind: type, precision: str) -> None:
     def init(self, *args, **kwargs):
         build(self, *args, **kwargs)
         if type(self) is kind:
-            shared = state.State(self, precision)
+            shared = vars(self)[accelerated._STATE] = state.State(self, precision)
             for part in calls.CALLS[kind.__name__]:
                 module = self.get_submodule(part)
                 vars(module)["forward"] = state.Forward(shared, module, part)
 
     kind.__init__ = init
+
+
+def _sharing(register):
+    @functools.wraps(register)
+    def registered(pipe, **components):
+        register(pipe, **components)
+        threads.share(pipe)
+
+    return registered
 
 
 def _counting(name: str, call):
@@ -66,6 +77,7 @@ def pytest_configure(config) -> None:
         _accelerate_when_built(getattr(diffusers, name), config.getoption("--ldmfast-precision"))
         for part, call in parts.items():
             parts[part] = _counting(f"{name} {part}".strip(), call)
+    diffusers.DiffusionPipeline.register_modules = _sharing(diffusers.DiffusionPipeline.register_modules)
     state.State.warn = _count_refusals(state.State.warn)
 
 
