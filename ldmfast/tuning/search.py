@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ CONFIDENCE, NEW = 0.95, 100
 LEAST_CALIBRATION, LEAST_HELD_OUT = 8, 16
 FINALISTS = 5
 ALIKE = 1.03  # speeds nearer than this are taken as equal: timing says no more
+PATIENCE = 40  # plans drawn for one step of a climb
 
 
 @dataclass
@@ -60,6 +62,10 @@ class Measure:
     def value(self, squared: float) -> float:
         return -10 * math.log10(squared) if self.name == "psnr" else -math.sqrt(squared)
 
+    def with_slack(self, share: float) -> float:
+        """The limit and a share of 1 dB, or of a tenth of the error; below it where negative."""
+        return self.limit + share * (1.0 if self.name == "psnr" else 0.1 * abs(self.limit))
+
 
 Turn = Callable[[list[Candidate], Sequence[int]], bool]
 """Draws the reference and every candidate for these prompts in turn and adds to their lists, or takes out what cannot
@@ -75,8 +81,7 @@ def combine(measure: Measure, parts: Sequence[Candidate], others: Sequence[Candi
         for b in others:
             both = join(a.settings, b.settings)
             value = measure.value(measure.squared(a.mean) + measure.squared(b.mean))
-            slack = 1.0 if measure.name == "psnr" else 0.1 * abs(measure.limit)
-            if both is not None and value >= measure.limit - slack:
+            if both is not None and value >= measure.with_slack(-1.0):
                 found.append((a.speed * b.speed, both))
     found.sort(key=lambda pair: -pair[0])
     return [Candidate(settings) for _, settings in found[:most]]
@@ -84,8 +89,7 @@ def combine(measure: Measure, parts: Sequence[Candidate], others: Sequence[Candi
 
 def survivors(measure: Measure, candidates: Sequence[Candidate], most: int) -> list[Candidate]:
     """The fastest of those whose mean is not hopeless, each faster than the reference."""
-    slack = 0.5 if measure.name == "psnr" else 0.05 * abs(measure.limit)
-    good = [c for c in candidates if c.values and c.mean >= measure.limit - slack and c.speed > 1]
+    good = [c for c in candidates if c.values and c.mean >= measure.with_slack(-0.5) and c.speed > 1]
     return sorted(good, key=lambda c: -c.speed)[:most]
 
 
@@ -101,8 +105,7 @@ def front(candidates: Sequence[Candidate]) -> list[Candidate]:
 def finalists(measure: Measure, candidates: Sequence[Candidate], held_out: int) -> list[Candidate]:
     """The fastest few of the front that are likely to pass, in the order in which they are tested: the safest first.
     Everything here is decided by calibration prompts alone. Lists are empty again for the held-out ones."""
-    slack = 0.3 if measure.name == "psnr" else 0.03 * abs(measure.limit)
-    likely = [c for c in candidates if c.speed > 1 and c.expected_bound(held_out) >= measure.limit - slack]
+    likely = [c for c in candidates if c.speed > 1 and c.expected_bound(held_out) >= measure.with_slack(-0.3)]
     fastest = front(likely)[:FINALISTS]
     fastest.sort(key=lambda c: -c.expected_bound(held_out))
     return [Candidate(c.settings, finalists=len(fastest)) for c in fastest]
@@ -160,13 +163,14 @@ def _nothing(measured: Sequence[Candidate]) -> list[Candidate]:
 
 @dataclass(frozen=True)
 class Tries:
-    """What is tried. first: precisions. singles, combinations: made from what was measured before. ladder: where to
-    climb from, slowest first; nearby: settings that take as long as others."""
+    """What is tried. first: precisions. singles, combinations: made from what was measured before. start: where to
+    climb from; faster: settings that leave out a little more, one list for each way; nearby: those that take as long."""
 
     first: Sequence[Candidate]
     singles: Callable[[list[Candidate]], list[Candidate]] = _nothing
     combinations: Callable[[list[Candidate]], list[Candidate]] = _nothing
-    ladder: Callable[[list[Candidate]], list[Candidate]] = _nothing
+    start: Callable[[list[Candidate]], Candidate | None] = lambda measured: None
+    faster: Callable[[Settings], list[list[Settings]]] = lambda settings: []
     nearby: Callable[[Settings], list[Settings]] = lambda settings: []
 
 
@@ -175,8 +179,8 @@ def run(measure: Measure, draws: Draws, tries: Tries, calibration: Sequence[Sequ
     """The chosen candidate, tested on held-out prompts, and all that were measured on calibration prompts.
 
     Precisions and single changes are drawn for the first part of the calibration turns. Combinations then compete with
-    them over the other turns, where only half goes on after each (successive halving: Karnin et al. 2013). Last, plans
-    that are faster still are climbed from (``climb``)."""
+    them over the other turns, where only half goes on after each (successive halving: Karnin et al. 2013). Last, faster
+    plans are climbed to (``climb``)."""
     half, count = max(1, len(calibration) // 2), sum(map(len, held_out))
     alive = list(tries.first)
     if alive:
@@ -196,7 +200,8 @@ def run(measure: Measure, draws: Draws, tries: Tries, calibration: Sequence[Sequ
         alive = survivors(measure, alive, max(2 * FINALISTS, len(alive) // 2))
         if not more:
             break
-    measured += climb(measure, tries.ladder(measured), tries.nearby, draws.trial, max(count, 2))
+    measured = settle(measure, measured, draws.trial, max(count, 2))
+    measured += climb(measure, tries.start(measured), tries.faster, tries.nearby, draws.trial, max(count, 2))
     ordered = finalists(measure, measured, max(count, 2)) if measured else []
     for part in held_out if ordered else ():
         if not draws.test(ordered, part):
@@ -207,30 +212,55 @@ def run(measure: Measure, draws: Draws, tries: Tries, calibration: Sequence[Sequ
     return best(measure, passed(measure, ordered)), measured
 
 
-def climb(measure: Measure, ladder: Sequence[Candidate], nearby: Callable[[Settings], list[Settings]],
-          trial: Callable[[Candidate], bool], held_out: int) -> list[Candidate]:
-    """From each rung, slowest first, to better neighbours, until the bound is likely to meet the promise or none is
-    better. Two rungs in turn that do not get there end it: what is faster still will hardly."""
-    found: list[Candidate] = []
-    failed, seen = 0, [rung.settings for rung in ladder]
-    for top in ladder:
-        if failed == 2 or not trial(top):
+def settle(measure: Measure, measured: Sequence[Candidate], trial: Callable[[Candidate], bool], held_out: int
+           ) -> list[Candidate]:
+    """The fastest that are likely to pass are drawn again, for all calibration prompts: of many that were seen on a few
+    prompts, the best ones look better than they are."""
+    likely = [c for c in measured if c.expected_bound(held_out) >= measure.limit]
+    again: dict[int, Candidate] = {}
+    for c in sorted(likely, key=lambda c: -c.speed)[:2 * FINALISTS]:
+        fresh = Candidate(c.settings)
+        if not trial(fresh):
             break
-        found.append(top)
-        while top.expected_bound(held_out) < measure.limit:
-            better = None
-            for settings in nearby(top.settings):
-                if settings in seen:
-                    continue
-                seen.append(settings)
-                found.append(Candidate(settings))
-                if not trial(found[-1]):
-                    return [c for c in found if c.values]
-                if found[-1].values and found[-1].mean > top.mean:
-                    better = found[-1]
-                    break
-            if better is None:
-                break
-            top = better
-        failed = 0 if top.expected_bound(held_out) >= measure.limit else failed + 1
-    return [c for c in found if c.values]
+        again[id(c)] = fresh
+    return [c for c in (again.get(id(c), c) for c in measured) if c.values]
+
+
+def climb(measure: Measure, start: Candidate | None, faster: Callable[[Settings], list[list[Settings]]],
+          nearby: Callable[[Settings], list[Settings]], trial: Callable[[Candidate], bool], held_out: int
+          ) -> list[Candidate]:
+    """From a plan that is likely to pass to faster ones, step by step: of each way to leave out a little more the best,
+    then its better neighbours, which take as long, until the bound is likely to meet the promise with something to
+    spare (the best of many looks better than it is), or none is better, or PATIENCE have been drawn. The fastest that
+    got there is the next to start from; the climb ends where none did."""
+    found: list[Candidate] = []
+    seen: list[Settings] = []
+    wanted = measure.with_slack(1.0)
+
+    def new(settings: Settings) -> Candidate | None:
+        """Drawn; None for one that was before, or fails. Raises TimeoutError when time is up."""
+        if settings in seen:
+            return None
+        seen.append(settings)
+        c = Candidate(settings)
+        if not trial(c):
+            raise TimeoutError
+        found.extend([c] if c.values else [])
+        return c if c.values else None
+
+    def better(top: Candidate) -> Candidate | None:
+        return next((c for c in map(new, nearby(top.settings)) if c is not None and c.mean > top.mean), None)
+
+    with suppress(TimeoutError):
+        while start is not None:
+            good = []
+            for group in faster(start.settings):
+                top, before = max(filter(None, map(new, group)), key=lambda c: c.mean, default=None), len(found)
+                while top is not None and top.expected_bound(held_out) < wanted and len(found) < before + PATIENCE:
+                    higher = better(top)
+                    if higher is None:
+                        break
+                    top = higher
+                good += [top] if top is not None and top.expected_bound(held_out) >= measure.limit else []
+            start = max(good, key=lambda c: c.speed, default=None)
+    return found

@@ -12,7 +12,7 @@ import numpy as np
 from ..caches import DeepCache, EasyCache, FirstBlock, Guard, Policy, TaylorSeer, TeaCache
 from ..errors import LdmfastError
 from . import plans
-from .search import ALIKE, Candidate, Measure, combine, guard_limit
+from .search import Candidate, Measure, combine, guard_limit
 from .settings import Settings, in_precision
 
 if TYPE_CHECKING:
@@ -39,9 +39,11 @@ def precisions(pipe: Pipeline, reference: Settings) -> tuple[list[str], list[str
 
 def fastest(measure: Measure, reference: Settings, precisions: Sequence[Candidate]) -> Settings:
     """The fastest precision whose own error takes no more than a quarter of the promised squared one: everything else
-    is tried in it. The reference's where there is none."""
+    is tried in it; of those that are nearly as fast, the nearest to exact. The reference's where there is none."""
     good = [c for c in precisions if measure.squared(c.mean) <= 0.25 * measure.squared(measure.limit) and c.speed > 1]
-    return max(good, key=lambda c: c.speed).settings if good else reference
+    top = max((c.speed for c in good), default=1.0)
+    best = max((c for c in good if c.speed > 0.9 * top), key=lambda c: c.mean, default=None)
+    return reference if best is None else best.settings
 
 
 def singles(pipe: Pipeline, base: Settings, made: dict[str, Any], products: tuple[np.ndarray, np.ndarray] | None
@@ -103,54 +105,47 @@ def combinations(measure: Measure, base: Settings, measured: Sequence[Candidate]
     return found
 
 
-def ladder(measure: Measure, base: Settings, measured: Sequence[Candidate],
-           products: tuple[np.ndarray, np.ndarray] | None, held_out: int) -> list[Candidate]:
-    """Placed forecasts, some with shallow evaluations (a DeepCache of the others), that should be faster than all that
-    are likely to pass, the slowest first; of those that should take as long, the one with most evaluations."""
-    placed = [c for c in measured if _placed(c.settings) and len(c.settings.cache) == 1
-              and c.settings.precision == base.precision]
-    counts = [len(c.settings.cache[0].interval) for c in placed]  # type: ignore[attr-defined]
-    if products is None or len(set(counts)) < 2:
+def start(measure: Measure, base: Settings, measured: Sequence[Candidate], held_out: int) -> Candidate | None:
+    """The fastest placed forecast that is likely to pass with something to spare."""
+    good = [c for c in measured if _placed(c.settings) and c.settings.precision == base.precision
+            and c.expected_bound(held_out) >= measure.with_slack(1.0)]
+    return max(good, key=lambda c: c.speed, default=None)
+
+
+def faster(pipe: Pipeline, settings: Settings) -> list[list[Settings]]:
+    """Placed forecasts that leave out a little more: those of one evaluation fewer, and those of which one more is
+    shallow (a DeepCache of the others)."""
+    plan, order, shallow = _parts(settings)
+    deep = "deep" in getattr(pipe.unet, "segments", ())
+    if len(plan) == 2:
         return []
-    each, once = np.polyfit(counts, [1 / c.speed for c in placed], 1)
-    likely = [c.speed for c in measured if c.expected_bound(held_out) >= measure.limit]
-    even = next((c for c in measured if c.settings == dataclasses.replace(base, cache=(DeepCache(interval=2),))), None)
-    stages = len(products[1])
-    share = 1.0  # of an evaluation's time, that of a shallow one
-    if even is not None and each > 0:
-        share = max(0.0, 2 * (1 / even.speed - once) / (stages * each) - 1)
-    rungs = sorted(((once + each * (n + m * share), n, m) for n in range(2, stages) for m in range(4 if even else 1)
-                    if n + m < stages and m < n), reverse=True)
-    best = {order: plans.placements(*products, order, 2) for order in (1, 2)}
-    found: list[Candidate] = []
-    before = 1 / max(likely, default=1.0)
-    for time, n, m in rungs:
-        if 0 < time < before / ALIKE:
-            before = time
-            _, order, plan = min((plans.foreseen(best[o][n + m], o, *products), o, best[o][n + m]) for o in best)
-            found.append(Candidate(_plan(base, plan, order, plan[-1:-2 * m:-2] if m else ())))
-    return found
+    fewer = [_plan(settings, [i for i in plan if i != at], order, shallow - {at}) for at in plan[1:]]
+    return [fewer, [_plan(settings, plan, order, shallow | {at}) for at in plan[1:] if deep and at not in shallow]]
 
 
 def nearby(stages: int, settings: Settings) -> list[Settings]:
     """Placed forecasts that take as long: one evaluation earlier or later, or a shallow one and the next exchanged; and
     of the other order."""
-    taylor = settings.cache[0]
-    assert isinstance(taylor, TaylorSeer) and not isinstance(taylor.interval, int)
-    plan = tuple(taylor.interval)
-    full = settings.cache[1].interval if len(settings.cache) > 1 else plan  # type: ignore[attr-defined]
-    shallow = set(plan) - set(full)
-    found = [_plan(settings, plan, 3 - taylor.order, shallow)]
+    plan, order, shallow = _parts(settings)
+    found = [_plan(settings, plan, 1 if order == 2 else 2, shallow)]
     for i, at in enumerate(plan[1:], 1):
         for to in (at - 1, at + 1):
             if to not in plan and to < stages:
                 moved = {to if s == at else s for s in shallow}
-                found.append(_plan(settings, (*plan[:i], to, *plan[i + 1:]), taylor.order, moved))
+                found.append(_plan(settings, (*plan[:i], to, *plan[i + 1:]), order, moved))
         following = plan[i + 1] if i + 1 < len(plan) else None
         if following is not None and (at in shallow) != (following in shallow):
-            found.append(_plan(settings, plan, taylor.order, shallow ^ {at, following}))
+            found.append(_plan(settings, plan, order, shallow ^ {at, following}))
     random.Random(len(found)).shuffle(found)
     return found
+
+
+def _parts(settings: Settings) -> tuple[tuple[int, ...], int, set[int]]:
+    """Of a placed forecast: the evaluations, its order, and those that are shallow."""
+    taylor, *rest = settings.cache
+    assert isinstance(taylor, TaylorSeer) and not isinstance(taylor.interval, int)
+    plan = tuple(taylor.interval)
+    return plan, taylor.order, set(plan) - set(rest[0].interval if rest else plan)  # type: ignore[attr-defined]
 
 
 def _plan(settings: Settings, plan: Sequence[int], order: int, shallow: Collection[int]) -> Settings:

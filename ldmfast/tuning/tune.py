@@ -205,7 +205,8 @@ class _Trials:
             tries = search.Tries(
                 [Candidate(dataclasses.replace(self.reference, precision=name)) for name in names], singles,
                 lambda measured: space.combinations(self.measure, base, measured),
-                lambda measured: space.ladder(self.measure, base, measured, products, count),
+                lambda measured: space.start(self.measure, base, measured, count),
+                partial(space.faster, self.pipe),
                 lambda settings: space.nearby(0 if products is None else len(products[1]), settings))
             brief, turn = (partial(self.turn, share * self.budget) for share in (SINGLES, SEARCH))
             draws = search.Draws(brief, turn, partial(self.trial, calibration), self.test)

@@ -185,45 +185,49 @@ def test_neighbours_take_as_long():
     assert {len(s.cache) for s in space.nearby(10, placed((0, 4)))} == {1}
 
 
-def test_the_ladder_is_faster_than_what_passes():
-    """Times of 1 + 2n twentieths, a shallow evaluation half of one: rungs are what should be faster, slowest first."""
-    n = 10
-    products, weights = np.eye(n)[None], np.ones(n)
-    base = Settings(precision="bf16")
-    measured = [Candidate(placed(tuple(range(k))), [20.0 + 3 * k] * 8, [20 / (1 + 2 * k)]) for k in (4, 6, 8)]
-    measured += [Candidate(base, [60.0] * 8, [20 / 21]),
-                 Candidate(replace(base, cache=DeepCache(interval=2)), [28.0] * 8, [20 / 16])]
-    rungs = space.ladder(Measure("psnr", 37.0), base, measured, (products, weights), 40)  # 6 evaluations pass
-    sizes = [(len(c.settings.cache[0].interval), len(c.settings.cache[-1].interval)
-              if len(c.settings.cache) > 1 else len(c.settings.cache[0].interval)) for c in rungs]
-    times = [1 + 2 * full + (many - full) for many, full in sizes]
-    assert times == sorted(times, reverse=True) and times[0] == 12 and times[-1] == 5 and len(set(times)) == len(times)
-    assert all(c.settings.precision == "bf16" for c in rungs)
-    assert space.ladder(Measure("psnr", 37.0), base, measured, None, 40) == []
+def test_faster_plans_leave_out_one_more(tiny):
+    """One evaluation fewer, or one of them shallow; the first is always computed in full. A transformer has no shallow
+    part."""
+    fewer, deeper = space.faster(tiny, placed((0, 2, 3, 9), full=(0, 2, 9)))
+    assert [(s.cache[0].interval, s.cache[-1].interval) for s in fewer] == [
+        ((0, 3, 9), (0, 9)), ((0, 2, 9), (0, 2, 9)), ((0, 2, 3), (0, 2))]
+    assert [(s.cache[0].interval, s.cache[1].interval) for s in deeper] == [((0, 2, 3, 9), (0, 9)),
+                                                                            ((0, 2, 3, 9), (0, 2))]
+    no_deep = SimpleNamespace(unet=SimpleNamespace(segments=("self", "output")))
+    assert [[s.cache[0].interval for s in way] for way in space.faster(no_deep, placed((0, 2, 9)))] == [
+        [(0, 9), (0, 2)], []]
+    assert space.faster(tiny, placed((0, 2))) == []
+    rows = [Candidate(placed((0, k)), [v, v + 1] * 8, [r])
+            for k, v, r in ((9, 36.0, 2.0), (5, 33.0, 3.0), (2, 31.0, 4.0))]
+    rows += [Candidate(Settings(precision="bf16"), [50.0, 51.0] * 8, [9.0])]
+    assert space.start(Measure("psnr", 31.0), Settings(precision="bf16"), rows, 40) is rows[1]
+    assert space.start(Measure("psnr", 40.0), Settings(precision="bf16"), rows, 40) is None
 
 
 def test_climbing_finds_the_placement_and_ends():
-    """Quality falls with the distance from a planted plan; a rung of four evaluations gets there move by move, those of
-    three cannot keep the promise, and after two of them the fastest is not tried."""
-    best, drawn = (0, 3, 6, 9), []
+    """Quality falls with the distance from a planted plan of its size; plans of two evaluations cannot keep the
+    promise, and end the climb."""
+    best, drawn = {4: (0, 3, 6, 9), 3: (0, 5, 8)}, []
 
     def trial(c) -> bool:
         plan = c.settings.cache[0].interval
-        drawn.append(plan)
-        miss = sum(abs(a - b) for a, b in zip(plan, best)) if len(plan) == 4 else 10
-        c.values += [33.0 - miss + 0.1 * (i % 3) for i in range(8)]
+        drawn.append((plan, c.settings.cache[0].order))
+        miss = sum(abs(a - b) for a, b in zip(plan, best[len(plan)])) if len(plan) in best else 10
+        c.values += [33.0 - 0.3 * miss + 0.1 * (i % 3) for i in range(8)]
         c.ratios.append(20 / len(plan))
         return len(drawn) < 400
 
-    rungs = [Candidate(placed(p)) for p in ((0, 1, 5, 8), (0, 2, 5), (0, 3, 5), (0, 2))]
-    found = search.climb(Measure("psnr", 32.8), rungs, lambda s: space.nearby(10, s), trial, 40)
-    top = max(found, key=lambda c: c.mean)
-    assert top.settings.cache[0].interval == best and top.expected_bound(40) >= 32.8
-    assert drawn.count(best) == 1 and (0, 2, 5) in drawn and (0, 3, 5) in drawn and (0, 2) not in drawn
-    assert len({repr(c.settings) for c in found}) == len(found)  # none is drawn twice
-    short = search.climb(Measure("psnr", 32.8), [Candidate(placed((0, 1, 5, 8)))], lambda s: space.nearby(10, s),
-                         lambda c: False, 40)
-    assert short == []  # time is up
+    def climb(begin, trial):
+        return search.climb(Measure("psnr", 31.8), Candidate(placed(begin)), lambda s: space.faster(no_deep, s),
+                            lambda s: space.nearby(10, s), trial, 40)
+
+    no_deep = SimpleNamespace(unet=SimpleNamespace(segments=("output",)))
+    found = climb((0, 1, 2, 4, 7), trial)
+    tops = {n: max((c for c in found if len(c.settings.cache[0].interval) == n), key=lambda c: c.mean) for n in (4, 3)}
+    assert {n: c.settings.cache[0].interval for n, c in tops.items()} == best
+    assert {len(plan) for plan, _ in drawn} == {4, 3, 2}  # and no fewer
+    assert len(set(drawn)) == len(drawn) < 150
+    assert climb((0, 1, 2, 4, 7), lambda c: False) == []  # time is up
 
 
 def test_a_guards_limit_is_learnt_from_the_worst_ratio():
