@@ -164,7 +164,8 @@ def _nothing(measured: Sequence[Candidate]) -> list[Candidate]:
 @dataclass(frozen=True)
 class Tries:
     """What is tried. first: precisions. singles, combinations: made from what was measured before. start: where to
-    climb from; faster: settings that leave out a little more, one list for each way; nearby: those that take as long."""
+    climb from; faster: settings that leave out a little more, one list for each way; nearby: those that take as
+    long."""
 
     first: Sequence[Candidate]
     singles: Callable[[list[Candidate]], list[Candidate]] = _nothing
