@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import LdmfastError, PrecisionError
 from ..models import REGISTRY
-from .cached import CACHE, checked, denoisers
+from .cached import CACHE, checked
 from .calls import CALLS
 from .solver import put, take_back
 from .state import Forward, State
@@ -74,7 +74,7 @@ def accelerate(obj: T, precision: str = "exact", solver: str | None = None, cach
     if cache is not None:
         try:
             natives = [vars(models[name])[_STATE].judge(models[name]).native for name in report.accelerated]
-            vars(obj)[CACHE] = checked(cache, [] if isinstance(obj, nn.Module) else denoisers(natives))
+            vars(obj)[CACHE] = checked(cache, obj, natives)
         except LdmfastError:
             restore(obj)
             raise

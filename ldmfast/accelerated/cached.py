@@ -18,12 +18,13 @@ CACHE = "_ldmfast_cache"  # in the attributes of a pipeline: its policies
 _current: ContextVar[Run | None] = ContextVar("run", default=None)
 
 
-def checked(cache: Any, natives: Sequence[Any]) -> tuple[Policy, ...]:
-    """The policies, which suit all denoisers of a pipeline and need not know one branch of guidance from another.
-    Raises LdmfastError."""
-    if not natives:
-        raise LdmfastError("cache= needs a diffusers pipeline whose denoiser runs on ldmfast: a cache lasts one call, "
-                           "and only a pipeline's has a beginning and an end")
+def checked(cache: Any, obj: Any, networks: Sequence[nn.Module | None]) -> tuple[Policy, ...]:
+    """The policies, which suit all denoisers among a pipeline's networks and need not know one branch of guidance from
+    another. Raises LdmfastError."""
+    natives = [network for network in networks if hasattr(network, "segments")]
+    if isinstance(obj, nn.Module) or not natives or not hasattr(obj, "scheduler"):
+        raise LdmfastError("cache= needs a diffusers pipeline whose denoiser runs on ldmfast, and its scheduler: a "
+                           "cache lasts one call, and only a pipeline's has a beginning and an end")
     times = [float(t) for t in range(1000, 0, -20)]
     found = check_cache(cache, natives[0], times)
     for native in natives:
@@ -51,6 +52,8 @@ class Run:
         if not self.times:
             scale = 1e-3 if isinstance(native, FluxTransformer2D) else 1.0  # what diffusers' pipelines tell it
             self.times = [float(x) * scale for x in self.scheduler.timesteps]
+            if not self.times:
+                raise LdmfastError("its scheduler has no timesteps, by which a cache finds the evaluation")
         away = [abs(x - t) for x in self.times]
         same = [i for i, x in enumerate(away) if x == min(away)]
         later = [i for i in same if i > self.last]
@@ -109,7 +112,3 @@ def reported(run: Run | None, out: Any) -> Any:
     if run is not None and hasattr(out, "__dict__"):
         object.__setattr__(out, "report", CacheReport.of(run.done))
     return out
-
-
-def denoisers(natives: Sequence[nn.Module | None]) -> list[Any]:
-    return [native for native in natives if hasattr(native, "segments")]

@@ -18,6 +18,7 @@ from diffusers.hooks import apply_taylorseer_cache
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
 import ldmfast
+from ldmfast.accelerated import cached
 from ldmfast.caches import (
     FORA,
     PAB,
@@ -183,6 +184,21 @@ def test_what_does_not_suit_is_refused_before_anything_is_changed(cache: Any, wo
         ldmfast.accelerate(pipe, cache=cache)
     assert not hasattr(pipe, "ldmfast_report")
     assert "forward" not in vars(getattr(pipe, "unet", None) or pipe.transformer)
+
+
+def test_without_timesteps_diffusers_own_forward_runs_and_says_so() -> None:
+    """A loop that takes its times from elsewhere."""
+    class Elsewhere(diffusers.DDIMScheduler):
+        timesteps = property(lambda self: torch.tensor([]), lambda self, value: setattr(self, "own", value))
+
+    pipe = ldmfast.accelerate(sd(), cache=DeepCache())
+    pipe.scheduler = Elsewhere.from_config(pipe.scheduler.config)
+    unet = pipe.unet
+    x, text = torch.randn(1, unet.config.in_channels, 8, 8), torch.randn(1, 7, unet.config.cross_attention_dim)
+    with cached.running(pipe), torch.no_grad():
+        with pytest.warns(UserWarning, match="own forward.*no timesteps"):
+            found = unet(x, 10, text).sample
+        assert torch.equal(found, type(unet).forward(unet, x, 10, text).sample)
 
 
 def test_a_model_alone_has_no_calls() -> None:
