@@ -334,13 +334,18 @@ def info() -> None:
 
 def main() -> None:
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # while what comes of it can be told
     except LdmfastError as error:  # LDMFAST_CPU_ISA, which is read when a command imports the kernels
         typer.echo(f"ldmfast: {error}", err=True)
         sys.exit(2)
     except OSError as error:  # of a full disk, where a shell has sent our output; commands tell of their own files
         with suppress(OSError):
             typer.echo(f"ldmfast: the output cannot be written ({error.strerror or error})", err=True)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would be tried again at exit
         sys.exit(1)
 
 

@@ -109,7 +109,9 @@ def test_a_wrong_isa_is_one_line_of_every_command(tmp_path, monkeypatch, words):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
-def test_output_that_cannot_be_written_is_one_line(tmp_path):
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["at the end", "at once"])
+def test_output_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     with open("/dev/full", "w") as full:
         done = ldmfast("info", cwd=tmp_path, stdout=full)
     assert done.returncode == 1 and done.stderr.splitlines() == [
