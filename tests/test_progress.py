@@ -35,7 +35,7 @@ def test_pictures_are_drawn_where_the_bar_cannot_be(file, monkeypatch):
     expected = [draw(seed) for seed in range(4)]
     monkeypatch.setattr(sys, "stderr", file())
     pool = ThreadPoolExecutor(2)
-    found = [f.result(timeout=60) for f in [pool.submit(draw, seed) for seed in range(4)]]
+    found = [f.result(timeout=300) for f in [pool.submit(draw, seed) for seed in range(4)]]
     assert all(np.array_equal(a, b) for a, b in zip(expected, found))
 
 
