@@ -112,7 +112,7 @@ def tiny(network: str, count: int, only: list[str] | None) -> dict[str, Any]:
     calls = dict.fromkeys(pipes, call)
     for precision in ("exact", "bf16", "int8") if network == "unet" else ():
         pipes[f"lcm {precision}"] = ldmfast.Pipeline.tiny("lcm", precision=precision)
-        calls[f"lcm {precision}"] = {"output_type": "np", "progress": False}  # 4 steps without guidance, as it comes
+        calls[f"lcm {precision}"] = {"num_inference_steps": 4, "output_type": "np", "progress": False}
     training = [s.caption for s in sample_scenes(4, 7, "train")]
     arms = settings(residual_ratios(pipes["exact"], training, generator=0, **call))
     arms |= {name: (name, None) for name in pipes if name.startswith("lcm")}
@@ -145,7 +145,7 @@ def tiny(network: str, count: int, only: list[str] | None) -> dict[str, Any]:
         rows[name] = {
             "seconds": statistics.median(seconds[name]),
             "speedup": statistics.median(a / b for a, b in zip(seconds["exact"], seconds[name])),
-            "evaluations": (calls[arms[name][0]].get("num_inference_steps", 4) if report is None
+            "evaluations": (calls[arms[name][0]]["num_inference_steps"] if report is None
                             else statistics.mean(report.evaluations)),
             "psnr": float(psnr.mean()), "least_psnr": float(psnr.min()),
             "attributes": shares(drawn[name], expected),

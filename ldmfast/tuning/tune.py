@@ -217,7 +217,9 @@ class _Trials:
         for a fixed sequence of tests, those after it, too."""
         if self.elapsed() > until or not candidates:
             return False
-        reference = self.references[tuple(part)] = self._draw(self.reference, part)
+        reference = self._draw(self.reference, part)
+        if not ordered:  # held-out pictures are not seen again
+            self.references[tuple(part)] = reference
         for c in list(candidates):
             if self.elapsed() > until:
                 return False
