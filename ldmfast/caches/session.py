@@ -287,9 +287,9 @@ class Session:
         """base (if any) plus the weighted sum of the values held."""
         steps = self.store.steps(kind, place)
         weights = [1.0] if action is Action.REUSE else self._policy[kind].weights(steps, self.step)
-        own = 1 if kind in OUTSIDE else self._branches
-        values = [tuple(None if x is None else x.chunk(own)[-1] for x in self.store.get(kind, place, i))
-                  for i in range(len(weights))]
+        values = [self.store.get(kind, place, i) for i in range(len(weights))]
+        if self._branches > 1 and kind not in OUTSIDE:  # of what is held, the rows of the branch that runs
+            values = [tuple(None if x is None else x.chunk(self._branches)[-1] for x in value) for value in values]
         if base is None and weights == [1.0]:
             return values[0]
         held = steps[:len(weights)]
